@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Tiles the kernels are built for, and what they cost on the GPUs we know.
+
+All costs are integers in picoseconds, so that the Python oracle and the C++ planner decide alike.
+Two kinds of time appear:
+
+* *SM time*: what a work item takes from one streaming multiprocessor when the GPU is full;
+  the sum over all items divided by the number of SMs is the time of a perfectly balanced step.
+* *solo time*: how long one work item lasts when nothing else runs beside it; the last item of a
+  step is bounded by it, which is what limits how long an unsplit run may be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Shape of a work item: query rows (request row x head of the group) x KV tokens a step."""
+
+    rows: int
+    tokens: int
+
+
+# NOTE: csrc/device/config.cuh and csrc/host/planner.h list the same tiles in the same order.
+TILES = (Tile(16, 32), Tile(32, 64), Tile(64, 128), Tile(128, 64))
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Constants of one GPU, for one KV head of dimension 128 in a 16-bit type.
+
+    Attributes:
+        num_sms: streaming multiprocessors.
+        item_ps: [tiles] SM time a work item costs before its first token.
+        token_ps: [tiles] SM time of a KV token that comes from device memory.
+        reread_ps: [tiles] SM time of a KV token another tile of the same pack has just read (L2).
+        solo_item_ps: [tiles] solo time before the first token.
+        solo_token_ps: [tiles] solo time a token.
+        part_ps: SM time to write and merge one partial of one query row.
+        provenance: where the numbers come from.
+    """
+
+    num_sms: int
+    item_ps: tuple[int, int, int, int]
+    token_ps: tuple[int, int, int, int]
+    reread_ps: tuple[int, int, int, int]
+    solo_item_ps: tuple[int, int, int, int]
+    solo_token_ps: tuple[int, int, int, int]
+    part_ps: int
+    provenance: str
+
+    def scaled_to(self, head_dim: int) -> CostModel:
+        """The model for another head dimension: everything that is bytes or FLOPs scales."""
+
+        def scale(values: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+            a, b, c, d = (max(1, v * head_dim // 128) for v in values)
+            return (a, b, c, d)
+
+        return CostModel(
+            num_sms=self.num_sms,
+            item_ps=self.item_ps,
+            token_ps=scale(self.token_ps),
+            reread_ps=scale(self.reread_ps),
+            solo_item_ps=self.solo_item_ps,
+            solo_token_ps=scale(self.solo_token_ps),
+            part_ps=max(1, self.part_ps * head_dim // 128),
+            provenance=self.provenance,
+        )
+
+    def words(self) -> list[int]:
+        """Flat form handed to the C++ planner, in the order of its ``CostModel`` struct."""
+        return [
+            self.num_sms,
+            *self.item_ps,
+            *self.token_ps,
+            *self.reread_ps,
+            *self.solo_item_ps,
+            *self.solo_token_ps,
+            self.part_ps,
+        ]
+
+
+H100 = CostModel(
+    num_sms=132,
+    item_ps=(400_000, 700_000, 1_200_000, 1_500_000),
+    token_ps=(22_500, 22_500, 22_500, 30_000),
+    reread_ps=(14_000, 14_000, 18_000, 30_000),
+    solo_item_ps=(3_000_000, 3_000_000, 3_500_000, 4_000_000),
+    solo_token_ps=(30_000, 30_000, 30_000, 45_000),
+    part_ps=34_000,
+    provenance="H100 SXM, first estimate from bandwidth and tensor-core rate",
+)
+H200 = CostModel(
+    num_sms=132,
+    item_ps=H100.item_ps,
+    token_ps=(16_000, 16_000, 18_000, 30_000),
+    reread_ps=H100.reread_ps,
+    solo_item_ps=H100.solo_item_ps,
+    solo_token_ps=H100.solo_token_ps,
+    part_ps=H100.part_ps,
+    provenance="H100 constants with the copy bandwidth of an H200; not measured on H200",
+)
+A100 = CostModel(
+    num_sms=108,
+    item_ps=H100.item_ps,
+    token_ps=(30_000, 30_000, 36_000, 60_000),
+    reread_ps=(20_000, 20_000, 36_000, 60_000),
+    solo_item_ps=H100.solo_item_ps,
+    solo_token_ps=(40_000, 40_000, 45_000, 80_000),
+    part_ps=48_000,
+    provenance="scaled from H100 by bandwidth and tensor-core rate; not measured on A100",
+)
+
+
+def cost_model_for(gpu_name: str, num_sms: int, head_dim: int) -> CostModel:
+    """The shipped constants for a GPU, scaled to its SM count and the head dimension."""
+    base = A100 if "A100" in gpu_name else H200 if "H200" in gpu_name else H100
+    model = base.scaled_to(head_dim)
+    if num_sms == model.num_sms:
+        return model
+    return CostModel(**{**model.__dict__, "num_sms": num_sms})
+
+
+def tiles_of(query_rows: int) -> list[int]:
+    """Tile index of each work item a pack of ``query_rows`` needs: largest tiles, then the rest.
+
+    The largest tile comes first; the last one is the smallest that holds what is left.
+    """
+    full, rest = divmod(query_rows, TILES[-1].rows)
+    kinds = [len(TILES) - 1] * full
+    if rest:
+        kinds.append(next(k for k, tile in enumerate(TILES) if rest <= tile.rows))
+    return kinds
