@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: MIT
+// Word layout of a plan: what the planner writes and the kernels read, as int32 words.
+// The tables and the meaning of every word are described in pat_sglang/layout.py, which is the same
+// layout in Python; tests/test_planner.py reads this file and compares the two.
+// Plain C++17 constants without includes beyond <cstdint>, so that host and device code share it.
+#pragma once
+
+#include <cstdint>
+
+namespace pat {
+
+/// Shape of a work item: query rows (request row x head of the group) x KV tokens a step.
+struct TileShape {
+  int32_t rows;
+  int32_t tokens;
+};
+
+/// Same tiles in the same order as TILES in pat_sglang/cost.py.
+inline constexpr int32_t kNumTiles = 4;
+inline constexpr TileShape kTiles[kNumTiles] = {{16, 32}, {32, 64}, {64, 128}, {128, 64}};
+
+// Header: int32 [kHeaderWords]. Offsets are in words from the start of the plan.
+inline constexpr int32_t kHeaderWords = 32;
+inline constexpr int32_t kHeaderRows = 0;
+inline constexpr int32_t kHeaderHorizon = 1;
+inline constexpr int32_t kHeaderItemBegin = 2;  // [kNumTiles], first item of each tile
+inline constexpr int32_t kHeaderItemCount = 6;  // [kNumTiles], items of each tile
+inline constexpr int32_t kHeaderOffItems = 10;
+inline constexpr int32_t kHeaderOffEntries = 11;
+inline constexpr int32_t kHeaderOffRuns = 12;
+inline constexpr int32_t kHeaderOffReps = 13;
+inline constexpr int32_t kHeaderOffPartPtr = 14;
+inline constexpr int32_t kHeaderOffTails = 15;
+inline constexpr int32_t kHeaderRuns = 16;
+inline constexpr int32_t kHeaderParts = 17;
+inline constexpr int32_t kHeaderSlots = 18;
+inline constexpr int32_t kHeaderWordCount = 19;
+inline constexpr int32_t kHeaderEntries = 20;
+inline constexpr int32_t kHeaderSharing = 21;
+inline constexpr int32_t kHeaderCoarsened = 22;
+inline constexpr int32_t kHeaderSplits = 23;
+inline constexpr int32_t kHeaderPlannedTokens = 24;
+inline constexpr int32_t kHeaderSharedPacks = 25;
+inline constexpr int32_t kHeaderPredictedNs = 26;
+
+// Item: int32 [items, kItemWords], items of one tile side by side, heaviest first.
+inline constexpr int32_t kItemWords = 8;
+inline constexpr int32_t kItemFirstEntry = 0;    // entry of the first query row
+inline constexpr int32_t kItemHeadOffset = 1;    // head of the group of the first query row
+inline constexpr int32_t kItemQueryRows = 2;     // query rows of the item, at most the tile's
+inline constexpr int32_t kItemFirstSlot = 3;     // offset of the first run in the slot snapshot
+inline constexpr int32_t kItemFirstLength = 4;   // tokens of the first run (a bound for a tail)
+inline constexpr int32_t kItemNextRun = 5;       // run read after the first, -1: none
+inline constexpr int32_t kItemBeyond = 6;        // tokens read beyond the first run
+inline constexpr int32_t kItemTailPosition = 7;  // token position of a tail piece, -1: no tail
+
+// Entry: int32 [entries, kEntryWords].
+inline constexpr int32_t kEntryWords = 2;
+inline constexpr int32_t kEntryRow = 0;   // request row
+inline constexpr int32_t kEntryPart = 1;  // partial slot, -1: the item writes the output itself
+
+// Run: int32 [runs, kRunWords], one a segment.
+inline constexpr int32_t kRunWords = 4;
+inline constexpr int32_t kRunSlot = 0;      // offset in the slot snapshot
+inline constexpr int32_t kRunLength = 1;    // tokens
+inline constexpr int32_t kRunNext = 2;      // run above (parent), -1: a root
+inline constexpr int32_t kRunPosition = 3;  // first token position
+
+// Tail: int32 [rows, kTailWords].
+inline constexpr int32_t kTailWords = 4;
+inline constexpr int32_t kTailSlot = 0;      // offset in the slot snapshot
+inline constexpr int32_t kTailPosition = 1;  // first private token position
+inline constexpr int32_t kTailCapacity = 2;  // tokens, the horizon included
+
+inline constexpr int32_t kSlotAlign = 4;  // every run and tail starts at a multiple of this
+
+}  // namespace pat
