@@ -36,7 +36,7 @@ class _Inert(metaclass=_AnyAttribute):
 class _Module(types.ModuleType):
     """Stands for a module or a function; as a decorator it returns what it decorates."""
 
-    __path__: list = []
+    __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):

@@ -10,7 +10,8 @@ __version__ = "0.0.0+pat.cpu"
 def assign_req_to_token_pool_cpu(req_pool_indices, req_to_token, start, end, out_cache_loc, stride):
     """Write each request's new slots into its row of `req_to_token`, positions [start, end)."""
     taken = 0
-    for row, first, last in zip(req_pool_indices.tolist(), start.tolist(), end.tolist()):
+    spans = zip(req_pool_indices.tolist(), start.tolist(), end.tolist(), strict=True)
+    for row, first, last in spans:
         slots = out_cache_loc[taken : taken + last - first]
         req_to_token[row, first:last] = slots.to(req_to_token.dtype)
         taken += last - first
