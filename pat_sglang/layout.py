@@ -97,9 +97,7 @@ def _align(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def lay_out(
-    tree: SegmentTree, packing: Packing, shape: Shape, capacity: Capacity
-) -> Int32Array:
+def lay_out(tree: SegmentTree, packing: Packing, shape: Shape, capacity: Capacity) -> Int32Array:
     """Tables of a packing, see the module's docstring.
 
     Raises:
@@ -217,3 +215,70 @@ def lay_out(
     words += [segment.first_row for segment in tree.segments]
     words += part_ptr
     return np.array(words, np.int32)
+
+
+@dataclass(frozen=True)
+class PlanTables:
+    """The tables of a plan, as views of its words."""
+
+    header: Int32Array
+    items: Int32Array
+    entries: Int32Array
+    runs: Int32Array
+    reps: Int32Array
+    part_ptr: Int32Array
+    tails: Int32Array
+
+    @classmethod
+    def parse(cls, words: Int32Array) -> PlanTables:
+        """Views of ``words``, which may be longer than the plan."""
+        header = words[:HEADER_WORDS]
+        rows, runs = int(header[H_ROWS]), int(header[H_RUNS])
+
+        def table(field: int, count: int, width: int) -> Int32Array:
+            at = int(header[field])
+            return words[at : at + count * width].reshape(count, width)
+
+        num_items = int(header[H_ITEM_COUNT : H_ITEM_COUNT + len(TILES)].sum())
+        return cls(
+            header=header,
+            items=table(H_OFF_ITEMS, num_items, ITEM_WORDS),
+            entries=table(H_OFF_ENTRIES, int(header[H_ENTRIES]), 2),
+            runs=table(H_OFF_RUNS, runs, 4),
+            reps=table(H_OFF_REPS, runs, 1)[:, 0],
+            part_ptr=table(H_OFF_PART_PTR, rows + 1, 1)[:, 0],
+            tails=table(H_OFF_TAILS, rows, 4),
+        )
+
+    def kind_of_item(self, index: int) -> int:
+        """Tile index of an item."""
+        begins = self.header[H_ITEM_BEGIN : H_ITEM_BEGIN + len(TILES)]
+        counts = self.header[H_ITEM_COUNT : H_ITEM_COUNT + len(TILES)]
+        return next(k for k in range(len(TILES)) if begins[k] <= index < begins[k] + counts[k])
+
+    def rows_of_item(self, index: int, group: int) -> list[tuple[int, int, int]]:
+        """``(row, head of the group, partial slot or -1)`` of each query row of an item."""
+        first, offset, count = (int(x) for x in self.items[index, :3])
+        flat = range(offset, offset + count)
+        at = [(*self.entries[first + f // group].tolist(), f % group) for f in flat]
+        return [(row, head, part) for row, part, head in at]
+
+    def slots_of_item(self, index: int, live_lens: Int32Array) -> Int32Array:
+        """Offsets into the slot snapshot that an item reads, int64 ``[tokens]``.
+
+        Args:
+            index: the item.
+            live_lens: ``[rows]`` true sequence lengths.
+        """
+        first_entry, _, _, slot, length, run, beyond, tail = (int(x) for x in self.items[index])
+        if tail >= 0:
+            row = int(self.entries[first_entry, 0])
+            length = min(max(int(live_lens[row]) - tail, 0), length)
+        pieces = [np.arange(slot, slot + length)]
+        while beyond > 0:
+            slot, length, above, _ = (int(x) for x in self.runs[run])
+            take = min(length, beyond)
+            pieces.append(np.arange(slot + length - take, slot + length))
+            beyond -= take
+            run = above
+        return np.concatenate(pieces)

@@ -187,9 +187,7 @@ def choose_packs(tree: SegmentTree, pricer: _Pricer) -> list[Pack]:
             continue
         own_seen[home] += 1
         below_merged = own_seen[home] <= merged_rows[home][level[home]]
-        tail_start[row] = (
-            starts[home][level[home]] if below_merged else segments[home].end
-        )
+        tail_start[row] = starts[home][level[home]] if below_merged else segments[home].end
         u = home
         while u >= 0:
             if not below_merged:
@@ -302,5 +300,3 @@ def pack_rows(tree: SegmentTree, shape: Shape, model: CostModel) -> Packing:
         )
     predicted, chunk, num_chunks = chosen
     return Packing(packs, chunk, num_chunks, horizon, sharing, coarsened, predicted)
-
-

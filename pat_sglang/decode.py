@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""pat_decode(): the one operator, on CUDA by kernels and on the CPU by PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from .cpu import decode_cpu
+from .plan import DecodePlan
+
+
+def pat_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: DecodePlan,
+    *,
+    sm_scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode attention of a planned batch: pack, forward, merge.
+
+    Launches on the current stream, allocates nothing when ``out`` is given, and reads all counts
+    from the device: it can be captured in a CUDA graph once and replayed with later plans.
+
+    Args:
+        q: ``[padded_rows, q_heads, d]``, last two dimensions contiguous; rows beyond the plan's are
+            padding.
+        k_cache, v_cache: ``[slots, kv_heads, d]`` of q's dtype, last two dimensions contiguous.
+        plan: of ``DecodePlanner.plan``.
+        sm_scale: factor of the scores, normally ``d ** -0.5``.
+        out: as q; None: allocated. Padding rows are set to zero.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError, RuntimeError: a shape, dtype, stride or device does not fit; the message has the
+            offending value.
+    """
+    planner = plan.planner
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if planner.module is None:
+        decode_cpu(q, k_cache, v_cache, plan, sm_scale, out)
+        return out
+    planner.module.decode(
+        q,
+        k_cache,
+        v_cache,
+        out,
+        plan.words,
+        plan.slots,
+        plan.live_lens,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.counters,
+        float(sm_scale),
+    )
+    return out

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: MIT
+"""DecodePlanner and DecodePlan: fixed buffers, one upload a new plan, one launch a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import jit, layout
+from ._types import Int32Array
+from .cost import TILES, cost_model_for
+from .forest import Forest
+from .host import HostPlanner
+from .layout import Capacity, PlanTables, capacity_for
+from .packing import MAX_HORIZON, Shape
+
+RING = 4  # pinned upload buffers: the scheduler runs at most a step or two ahead of the device
+LAG = 8  # tokens by which host lengths may lag behind the device
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+Lengths = Sequence[int] | Int32Array | torch.Tensor
+
+
+@dataclass(frozen=True)
+class PlanStats:
+    """What a plan does, in KV tokens of one layer; the byte properties are K and V together."""
+
+    rows: int
+    unique_tokens: int  # every shared token once
+    unshared_tokens: int  # what a kernel that knows no prefixes reads
+    planned_tokens: int  # what the plan reads, a token once for every tile that reads it
+    token_bytes: int
+    items: dict[str, int]  # work items per KV head, by tile
+    shared_segments: int  # packs of two rows or more
+    partial_slots: int
+    splits: int
+    coarsened: int
+    sharing: bool
+    predicted_us: float
+    plan_us: float
+
+    @property
+    def unique_kv_bytes(self) -> int:
+        """Bytes of KV that must be read at least."""
+        return self.unique_tokens * self.token_bytes
+
+    @property
+    def unshared_kv_bytes(self) -> int:
+        """Bytes of KV read without sharing."""
+        return self.unshared_tokens * self.token_bytes
+
+    @property
+    def planned_kv_bytes(self) -> int:
+        """Bytes of KV the plan's work items read."""
+        return self.planned_tokens * self.token_bytes
+
+
+class DecodePlan:
+    """Everything a decode step needs on the device, at fixed addresses.
+
+    A planner owns exactly one; ``DecodePlanner.plan`` refills it, so a captured ``pat_decode``
+    replays with the new contents.
+
+    Attributes:
+        words: int32 device tensor, see layout.py.
+        slots: int32 device tensor, the slot snapshot.
+        live_lens: int32 device tensor ``[max_rows]``, true lengths as of the last plan/advance.
+        partial_out: float32 ``[parts, q_heads, d]`` (CUDA only).
+        partial_lse: float32 ``[parts, q_heads]``, base 2 (CUDA only).
+        stats: PlanStats of the current contents.
+    """
+
+    def __init__(self, planner: DecodePlanner, capacity: Capacity) -> None:
+        device = planner.device
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.planner = planner
+        self.words = torch.zeros(capacity.words, dtype=torch.int32, device=device)
+        self.slots = torch.zeros(capacity.slots, dtype=torch.int32, device=device)
+        self.live_lens = torch.zeros(capacity.rows, dtype=torch.int32, device=device)
+        self.filled = torch.zeros(capacity.rows, dtype=torch.int32, device=device)
+        # Work counters of the persistent kernel; the merge kernel leaves them zero.
+        self.counters = torch.zeros(8, dtype=torch.int32, device=device)
+        on_device = device.type == "cuda"
+        parts = max(capacity.parts, 1) if on_device else 0
+        self.partial_out = empty(parts, planner.num_q_heads, planner.head_dim, dtype=torch.float32)
+        self.partial_lse = empty(parts, planner.num_q_heads, dtype=torch.float32)
+        self.stats: PlanStats | None = None
+        self.host_words = np.zeros(0, np.int32)  # the words of the current plan, on the host
+        self.version = 0  # plans and advances so far; the CPU path keys its caches by it
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Device memory held."""
+        buffers = (
+            self.words, self.slots, self.live_lens, self.filled, self.counters,
+            self.partial_out, self.partial_lse,
+        )  # fmt: skip
+        return sum(b.numel() * b.element_size() for b in buffers)
+
+    @property
+    def tables(self) -> PlanTables:
+        """Host view of the current plan."""
+        return PlanTables.parse(self.host_words)
+
+    def explain(self) -> str:
+        """The packed forest and the work items, as text."""
+        if self.stats is None:
+            return "no plan yet"
+        stats, tables = self.stats, self.tables
+        saved = 1 - stats.planned_tokens / max(stats.unshared_tokens, 1)
+        lines = [
+            f"{stats.rows} rows: {stats.unshared_tokens} KV tokens without sharing, "
+            f"{stats.unique_tokens} unique, {stats.planned_tokens} read ({saved:.1%} saved)",
+            f"{len(tables.runs)} shared segments (position, length, parent):",
+        ]
+        lines += [
+            f"  s{i}: [{begin}, {begin + length}) under {'root' if parent < 0 else f's{parent}'}"
+            for i, (_, length, parent, begin) in enumerate(tables.runs.tolist())
+        ]
+        lines.append(f"work items per KV head: {stats.items}, {stats.partial_slots} partials")
+        return "\n".join(lines)
+
+    def validate(
+        self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
+    ) -> None:
+        """Proves the plan against the slot table: every row reads exactly its own slots.
+
+        Raises:
+            AssertionError: a row reads a wrong slot, misses one or reads one twice.
+        """
+        tables = self.tables
+        rows = int(tables.header[layout.H_ROWS])
+        group = self.planner.num_q_heads // self.planner.num_kv_heads
+        slots = self.slots.cpu().numpy()
+        lens = seq_lens[:rows].cpu().numpy()
+        read: list[list[Int32Array]] = [[] for _ in range(rows * group)]
+        for index in range(len(tables.items)):
+            of_item = slots[tables.slots_of_item(index, lens)]
+            for row, head, _ in tables.rows_of_item(index, group):
+                read[row * group + head].append(of_item)
+        for row in range(rows):
+            wanted = np.sort(
+                req_to_token[req_pool_indices[row].long(), : int(lens[row])].cpu().numpy()
+            )
+            for head in range(group):
+                got = np.sort(np.concatenate(read[row * group + head]))
+                assert np.array_equal(got, wanted), (
+                    f"row {row} head {head}: reads {got.size} slots, owns {wanted.size}"
+                )
+
+
+class DecodePlanner:
+    """Makes decode plans for one attention geometry; owns every buffer they need.
+
+    Args:
+        num_q_heads, num_kv_heads, head_dim: the layer's geometry on this GPU.
+        dtype: of q and the KV cache; bfloat16 or float16 on CUDA, float32 too on the CPU.
+        device: "cuda", "cuda:1", "cpu".
+        max_rows: request rows of the largest batch.
+        max_tokens: unique KV tokens of the largest batch; the slots of the KV pool are enough.
+        max_workspace_bytes: cap of the device memory held.
+        sharing: "auto" (the cost model decides), "on" or "off".
+        path: kernel path, "sm80" or "sm90"; default: the best of the GPU.
+
+    Raises:
+        ValueError: bad geometry, or the cap is below the minimum (which it names).
+        BuildError: the kernels cannot be built or loaded. Nothing is built after construction.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str | torch.device = "cuda",
+        max_rows: int,
+        max_tokens: int,
+        max_workspace_bytes: int = 256 << 20,
+        sharing: str = "auto",
+        path: str | None = None,
+    ) -> None:
+        if num_kv_heads < 1 or num_q_heads % num_kv_heads:
+            raise ValueError(
+                f"num_q_heads {num_q_heads} is not a multiple of num_kv_heads {num_kv_heads}"
+            )
+        if max_rows < 1 or max_tokens < 1:
+            raise ValueError(f"max_rows {max_rows} and max_tokens {max_tokens} must be positive")
+        if sharing not in ("auto", "on", "off"):
+            raise ValueError(f"sharing {sharing!r} is not one of 'auto', 'on', 'off'")
+        self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.module: Any = None
+        num_sms, gpu_name = 132, "cpu"
+        if self.device.type == "cuda":
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
+            if dtype not in DTYPE_NAMES:
+                raise ValueError(f"dtype {dtype} is not supported on CUDA: use bfloat16 or float16")
+            properties = torch.cuda.get_device_properties(self.device)
+            num_sms, gpu_name = properties.multi_processor_count, properties.name
+            arch = jit.arch_of_capability(properties.major, properties.minor)
+            self.module = jit.load(arch, DTYPE_NAMES[dtype], head_dim, path)
+        self.group_size = num_q_heads // num_kv_heads
+
+        model = cost_model_for(gpu_name, num_sms, head_dim)
+        capacity = self._capacity(max_rows, max_tokens, max_workspace_bytes)
+        shape = Shape(self.group_size, num_kv_heads, capacity.parts, capacity.items, sharing)
+        self.host = HostPlanner(shape, model, capacity)
+        self.max_rows = max_rows
+        self._plan = DecodePlan(self, capacity)
+        pinned = self.device.type == "cuda"
+        self._ring = [
+            torch.zeros(capacity.words, dtype=torch.int32, pin_memory=pinned)
+            for _ in range(RING if pinned else 1)
+        ]
+        self._events = [torch.cuda.Event() for _ in self._ring] if pinned else []
+        self._turn = 0
+        self._planned_lens = np.zeros(0, np.int32)
+        self._steps = 0
+        self._tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def _capacity(self, max_rows: int, max_tokens: int, cap_bytes: int) -> Capacity:
+        """Buffer sizes under the cap: what remains after the fixed part goes to partials."""
+
+        def sized(parts: int) -> tuple[Capacity, int]:
+            sizes = capacity_for(max_rows, max_tokens, parts, self.group_size, MAX_HORIZON)
+            part_bytes = 4 * self.num_q_heads * (self.head_dim + 1)
+            return sizes, 4 * (sizes.words + sizes.slots + 2 * max_rows + 8) + parts * part_bytes
+
+        none, minimum = sized(0)
+        if minimum > cap_bytes:
+            raise ValueError(
+                f"max_workspace_bytes {cap_bytes} is below the minimum {minimum} for "
+                f"{max_rows} rows and {max_tokens} tokens"
+            )
+        each = sized(1)[1] - minimum
+        wanted = 6 * max_rows + 4096  # a few levels for every row, and cuts of a few long ones
+        return sized(min(wanted, (cap_bytes - minimum) // each))[0]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory held by the plan's buffers."""
+        return self._plan.buffer_bytes
+
+    def plan(
+        self,
+        forest: Forest | None,
+        leaf_of_row: Sequence[int] | Int32Array | None,
+        host_lens: Lengths,
+        seq_lens: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+    ) -> DecodePlan:
+        """Plans a batch, uploads the plan and gathers the slot snapshot, on the current stream.
+
+        Args:
+            forest: the batch's prefix-tree nodes; None: nothing is shared.
+            leaf_of_row: int32 ``[rows]``, deepest shared node of each row, -1: none. All tokens
+                from the root to the leaf must lie in slots that are equal for all rows below.
+            host_lens: int ``[rows]``, may lag by a few tokens: used for balance only.
+            seq_lens: int32 or int64 ``[>= rows]`` on the device, the true lengths.
+            req_to_token: int32 ``[requests, max_context]`` on the device.
+            req_pool_indices: int32 or int64 ``[>= rows]`` on the device.
+
+        Returns:
+            The planner's plan, always the same object.
+
+        Raises:
+            ValueError: more rows than ``max_rows``, or inconsistent input.
+            CapacityError: more unique tokens than ``max_tokens`` and headroom hold.
+        """
+        started = time.perf_counter()
+        lens = np.ascontiguousarray(host_lens, dtype=np.int32)
+        rows = lens.size
+        if rows > self.max_rows:
+            raise ValueError(f"the batch has {rows} rows, the planner was made for {self.max_rows}")
+        if forest is None or leaf_of_row is None:
+            forest, leaf_of_row = Forest.empty(), np.full(rows, -1, np.int32)
+        leaves = np.ascontiguousarray(leaf_of_row, dtype=np.int32)
+
+        self._turn = (self._turn + 1) % len(self._ring)
+        staging = self._ring[self._turn]
+        if self._events:
+            self._events[self._turn].synchronize()  # returns at once unless RING plans are ahead
+        count = self.host.plan(forest, leaves, lens, staging.numpy())
+        plan = self._plan
+        plan.host_words = staging.numpy()[:count]
+        plan.words[:count].copy_(staging[:count], non_blocking=True)
+        if self._events:
+            self._events[self._turn].record()
+        self._tensors = (seq_lens, req_to_token, req_pool_indices)
+        self._planned_lens = lens
+        self._steps = 0
+        self._fill(fresh=True)
+        plan.stats = self._stats(plan, lens, time.perf_counter() - started)
+        return plan
+
+    def advance(
+        self,
+        plan: DecodePlan,
+        host_lens: Lengths | None = None,
+        seq_lens: torch.Tensor | None = None,
+        req_to_token: torch.Tensor | None = None,
+        req_pool_indices: torch.Tensor | None = None,
+    ) -> bool:
+        """A later step with the same rows: one launch that appends new slots, no upload.
+
+        Args:
+            plan: the current plan.
+            host_lens: int ``[rows]``; None: every call is taken for one token a row.
+            seq_lens, req_to_token, req_pool_indices: as for ``plan``; None: the tensors given
+                there, read again.
+
+        Returns:
+            False when the horizon is passed: nothing was launched, plan anew. Should a row outgrow
+            the horizon unseen by the host, its output is NaN, never a plausible wrong value.
+        """
+        if plan is not self._plan or self._tensors is None:
+            raise ValueError("advance() takes the plan that plan() of this planner returned")
+        self._steps += 1
+        grown = self._steps
+        if host_lens is not None:
+            lens = np.asarray(host_lens, dtype=np.int32)
+            if lens.shape != self._planned_lens.shape:
+                raise ValueError(
+                    f"advance() got {lens.size} rows, the plan has {self._planned_lens.size}"
+                )
+            delta = lens - self._planned_lens
+            if lens.size and delta.min() < 0:
+                return False  # a row shrank: not the rows of this plan
+            grown = int(delta.max()) if lens.size else 0
+        if grown > int(plan.host_words[layout.H_HORIZON]) - LAG:
+            return False
+        given = (seq_lens, req_to_token, req_pool_indices)
+        kept = self._tensors
+        self._tensors = tuple(  # type: ignore[assignment]
+            old if new is None else new for old, new in zip(kept, given, strict=True)
+        )
+        self._fill(fresh=False)
+        return True
+
+    def _fill(self, *, fresh: bool) -> None:
+        """Slot snapshot up to the true lengths; after a new plan from the start of every run."""
+        assert self._tensors is not None
+        plan = self._plan
+        plan.version += 1
+        seq_lens, req_to_token, req_pool_indices = self._tensors
+        if self.module is not None:
+            self.module.fill(
+                plan.words,
+                plan.slots,
+                plan.filled,
+                plan.live_lens,
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                len(self._planned_lens),
+                int(plan.host_words[layout.H_RUNS]) if fresh else -1,
+            )
+            return
+        tables = plan.tables
+        rows = len(self._planned_lens)
+        plan.live_lens[:rows] = seq_lens[:rows]
+        if fresh:
+            for (slot, length, _, begin), rep in zip(
+                tables.runs.tolist(), tables.reps.tolist(), strict=True
+            ):
+                line = req_to_token[req_pool_indices[rep]]
+                plan.slots[slot : slot + length] = line[begin : begin + length]
+            plan.filled[:rows] = torch.from_numpy(tables.tails[:, 1].copy())
+        for row, (slot, begin, cap, _) in enumerate(tables.tails.tolist()):
+            have = int(plan.filled[row])
+            end = min(int(seq_lens[row]), begin + cap)
+            if have < end:
+                line = req_to_token[req_pool_indices[row]]
+                plan.slots[slot + have - begin : slot + end - begin] = line[have:end]
+                plan.filled[row] = end
+
+    def _stats(self, plan: DecodePlan, lens: Int32Array, seconds: float) -> PlanStats:
+        tables = plan.tables
+        header = tables.header
+        counts = header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + len(TILES)].tolist()
+        total = int(lens.sum())
+        shared = int(tables.runs[:, 1].sum())
+        private = total - int(tables.tails[:, 1].sum())
+        element = torch.empty((), dtype=self.dtype).element_size()
+        return PlanStats(
+            rows=lens.size,
+            unique_tokens=shared + private,
+            unshared_tokens=total,
+            planned_tokens=int(header[layout.H_PLANNED_TOKENS]),
+            token_bytes=2 * self.num_kv_heads * self.head_dim * element,
+            items={
+                f"{tile.rows}x{tile.tokens}": n for tile, n in zip(TILES, counts, strict=True) if n
+            },
+            shared_segments=int(header[layout.H_SHARED_PACKS]),
+            partial_slots=int(header[layout.H_PARTS]),
+            splits=int(header[layout.H_SPLITS]),
+            coarsened=int(header[layout.H_COARSENED]),
+            sharing=bool(header[layout.H_SHARING]),
+            predicted_us=int(header[layout.H_PREDICTED_NS]) / 1e3,
+            plan_us=seconds * 1e6,
+        )

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""The CPU path against the plan-free reference: same plan, same partials, same merge."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import make_case, random_forest
+
+from pat_sglang import DecodePlanner, Forest, pat_decode
+from pat_sglang.reference import attention
+
+GEOMETRIES = [(4, 4, 16), (6, 2, 16), (5, 1, 8), (16, 1, 8)]
+
+
+def check(planner, case, rows_padded=0):
+    plan = planner.plan(
+        case.forest, case.leaf_of_row, case.seq_lens.numpy(), case.seq_lens, case.req_to_token,
+        case.req_pool_indices,
+    )  # fmt: skip
+    check_output(plan, case, rows_padded)
+    return plan
+
+
+def check_output(plan, case, rows_padded=0):
+    plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    q = torch.cat([case.q, torch.full((rows_padded, *case.q.shape[1:]), torch.nan)])
+    out = torch.full_like(q, torch.nan)
+    pat_decode(q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale, out=out)
+    want = attention(
+        case.q, case.k_cache, case.v_cache, case.req_to_token, case.req_pool_indices,
+        case.seq_lens, case.sm_scale, torch.float64,
+    )  # fmt: skip
+    rows = case.q.shape[0]
+    torch.testing.assert_close(out[:rows].double(), want, atol=2e-5, rtol=2e-5)
+    assert not out[rows:].any()
+
+
+def planner_for(geometry, **kwargs):
+    q_heads, kv_heads, head_dim = geometry
+    return DecodePlanner(
+        num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.float32,
+        device="cpu", max_rows=64, max_tokens=1 << 16, **kwargs,
+    )  # fmt: skip
+
+
+def case_for(geometry, forest, leaves, lens, **kwargs):
+    q_heads, kv_heads, head_dim = geometry
+    return make_case(
+        forest, leaves, lens, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim,
+        **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("sharing", ["auto", "on", "off"])
+def test_random_forests(geometry, sharing):
+    rng = np.random.default_rng(1)
+    planner = planner_for(geometry, sharing=sharing)
+    for seed in range(12):
+        case = case_for(geometry, *random_forest(rng, int(rng.integers(1, 24))), seed=seed)
+        check(planner, case, rows_padded=seed % 3)
+
+
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_tails_grow_without_a_new_plan(sharing):
+    geometry = (6, 2, 16)
+    rng = np.random.default_rng(2)
+    forest, leaves, lens = random_forest(rng, 9)
+    case = case_for(geometry, forest, leaves, lens, spare=96)
+    planner = planner_for(geometry, sharing=sharing)
+    plan = check(planner, case)
+    for step in range(40):
+        case.grow(np.ones(9, np.int64))
+        assert planner.advance(plan, host_lens=case.seq_lens.numpy() - (step % 2))
+        check_output(plan, case)
+
+
+def test_a_skipped_advance_heals():
+    """Slots of steps the planner did not see are fetched by the next advance."""
+    geometry = (4, 4, 16)
+    case = case_for(geometry, *random_forest(np.random.default_rng(5), 6), spare=64)
+    planner = planner_for(geometry)
+    plan = check(planner, case)
+    case.grow(np.array([7, 1, 3, 0, 2, 9]))
+    assert planner.advance(plan)
+    check_output(plan, case)
+
+
+def test_the_horizon_ends():
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]), spare=128)
+    planner = planner_for((4, 4, 16))
+    plan = check(planner, case)
+    steps = 0
+    while True:
+        case.grow(np.ones(2, np.int64))
+        if not planner.advance(plan):
+            break
+        steps += 1
+    assert 32 <= steps <= 64
+    check(planner, case)
+
+
+def test_tails_that_start_empty():
+    forest = Forest(np.array([-1, 0]), np.array([330, 200]))
+    case = case_for(
+        (6, 2, 16), forest, np.array([1, 1, 0, 0]), np.array([530, 530, 330, 330]), spare=9
+    )
+    planner = planner_for((6, 2, 16), sharing="on")
+    plan = check(planner, case)
+    assert plan.stats.shared_segments > 0
+    for _ in range(5):
+        case.grow(np.ones(4, np.int64))
+        assert planner.advance(plan)
+        check_output(plan, case)
+
+
+def test_long_rows_are_cut():
+    lens = np.array([3000, 2, 5, 1])
+    case = case_for((4, 2, 16), Forest.empty(), np.full(4, -1), lens)
+    plan = check(planner_for((4, 2, 16)), case)
+    assert plan.stats.splits > 0 and plan.stats.partial_slots > 0
+
+
+def test_shared_tokens_are_read_once():
+    forest = Forest(np.array([-1]), np.array([2000]))
+    case = case_for((4, 4, 16), forest, np.zeros(16, np.int32), np.full(16, 2010))
+    plan = check(planner_for((4, 4, 16)), case)
+    assert plan.stats.sharing
+    assert plan.stats.unique_tokens == 2000 + 16 * 10
+    assert plan.stats.planned_tokens < 1.1 * plan.stats.unique_tokens
+    assert plan.stats.unshared_tokens == 16 * 2010
+
+
+def test_validate_catches_a_wrong_slot():
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]))
+    plan = check(planner_for((4, 4, 16)), case)
+    plan.slots[0] += 1
+    with pytest.raises(AssertionError, match="row 0"):
+        plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+
+
+def test_workspace_below_the_minimum_names_it():
+    with pytest.raises(ValueError, match=r"below the minimum \d+"):
+        planner_for((4, 4, 16), max_workspace_bytes=1000)
+
+
+def test_a_small_workspace_gives_a_coarser_plan():
+    geometry = (4, 4, 16)
+    forest = Forest(np.array([-1, 0, 0]), np.array([400, 300, 300]))
+    case = case_for(geometry, forest, np.array([1, 1, 2, 2] * 8), np.full(32, 720))
+    roomy = planner_for(geometry, sharing="on")
+    assert check(roomy, case).stats.partial_slots > 0
+    minimum = 0
+    try:
+        planner_for(geometry, max_workspace_bytes=1)
+    except ValueError as error:
+        minimum = int(str(error).split("minimum ")[1].split()[0])
+    tight = planner_for(geometry, sharing="on", max_workspace_bytes=minimum)
+    plan = check(tight, case)
+    assert plan.stats.partial_slots == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_q_heads": 5, "num_kv_heads": 2}, "not a multiple"),
+        ({"sharing": "maybe"}, "sharing"),
+        ({"max_rows": 0}, "positive"),
+    ],
+)
+def test_bad_planner_arguments(change, message):
+    arguments = {
+        "num_q_heads": 4, "num_kv_heads": 4, "head_dim": 16, "dtype": torch.float32,
+        "device": "cpu", "max_rows": 8, "max_tokens": 100,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        DecodePlanner(**{**arguments, **change})
+
+
+def test_too_many_rows_and_too_many_tokens():
+    planner = planner_for((4, 4, 16))
+    lens = torch.ones(65, dtype=torch.int64)
+    table = torch.zeros(65, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="65 rows"):
+        planner.plan(None, None, lens.numpy(), lens, table, torch.arange(65))
+    huge = np.full(1, 1 << 20)
+    with pytest.raises(ValueError, match="max_tokens"):
+        planner.plan(None, None, huge, torch.from_numpy(huge), table, torch.arange(1))
