@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""Counters and gauges of this process, as plain Python values.
+
+SGLang's scheduler is one process per rank and its hot path is one thread, so nothing here locks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+# Every counter there is. "by reason" counters are a dict reason -> count.
+COUNTERS = {
+    "hook_fired": "forwards seen by the structure hook",
+    "plans_made": "decode steps that made a new plan",
+    "plans_kept": "decode steps that kept the plan (one launch, no upload)",
+    "dummy_plans": "warm-up, capture and idle steps, planned without sharing",
+    "shared_segments": "shared segments packed, summed over decode steps",
+    "planned_kv_tokens": "KV tokens the plans read, summed over decode steps",
+    "unshared_kv_tokens": "KV tokens a kernel without sharing reads, summed over decode steps",
+}
+COUNTERS_BY_REASON = {
+    "steps_on_base": "decode steps served by the base backend",
+    "layers_on_base": "attention layers served by the base backend (each layer once)",
+    "no_sharing": "decode steps whose sharing structure was not known",
+    "declined": "backends left untouched at start",
+}
+
+
+class Metrics:
+    """Counts and gauges by name."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything (tests)."""
+        self._counts: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+        self._reasons: dict[str, dict[str, int]] = {
+            name: defaultdict(int) for name in COUNTERS_BY_REASON
+        }
+        self._gauges: dict[str, float | int | str] = {}
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Add to a counter of COUNTERS."""
+        self._counts[name] += by
+
+    def count_reason(self, name: str, reason: str) -> None:
+        """Add one to ``reason`` of a counter of COUNTERS_BY_REASON."""
+        self._reasons[name][reason] += 1
+
+    def gauge(self, name: str, value: float | int | str) -> None:
+        """Set the present value of something."""
+        self._gauges[name] = value
+
+    def get(self, name: str) -> int:
+        """Total of a counter of either kind."""
+        if name in self._counts:
+            return self._counts[name]
+        return sum(self._reasons[name].values())
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything, in builtins that any serialiser takes."""
+        reasons = {name: dict(counts) for name, counts in self._reasons.items()}
+        return {**self._counts, **reasons, **self._gauges}
+
+
+METRICS = Metrics()

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: MIT
+"""PatMixin: decode attention by PAT on top of one of SGLang's attention backends.
+
+The base instance keeps everything it has; adopt() only gives it a subclass of its own class, so
+prefill, speculative verify, sliding-window layers and all SGLang code that asks for the base's type
+or attributes go on as before.
+
+Per decode step: init_forward_metadata (eager) or init_forward_metadata_out_graph (CUDA graph)
+plans, on the current stream and before the replay. Inside the graph only the plan's own buffers
+are read, never req_to_token: once the forward has published that its reads are over, the scheduler
+may hand the rows of finished requests to new ones.
+
+Per layer: forward_decode writes K and V as the base does and runs pat_decode, or calls the base.
+Which one is a static property of the layer (eligibility.py), so it may be captured.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pat_sglang.decode import pat_decode
+from pat_sglang.metrics import METRICS
+
+from . import compat, eligibility
+from .feed import StructureFeed
+from .structure import BatchStructure, Int32Array
+
+if TYPE_CHECKING:
+    from pat_sglang import DecodePlan
+
+logger = logging.getLogger("pat_sglang")
+
+Geometry = tuple[int, int, int]
+
+
+@dataclass
+class PatState:
+    """Everything PAT keeps on a backend instance, under one attribute."""
+
+    feed: StructureFeed
+    planners: dict[Geometry, Any]  # one DecodePlanner a geometry; normally exactly one
+    make_planners: Any  # (max_rows) -> planners, should init_cuda_graph_state need more rows
+    max_rows: int
+    dtype: torch.dtype
+    kv_pool: Any
+    req_to_token_pool: Any
+    validate: bool
+    plans: dict[Geometry, DecodePlan] = field(default_factory=dict)
+    planned_version: int = 0  # BatchStructure.version the plans were made for; 0: none
+    verdicts: dict[Any, str | None] = field(default_factory=dict)  # layer -> why on the base
+    base_needed: bool = False  # some decode layer ran on the base
+    captured: bool = False  # some decode layer was captured or warmed up for capture
+    capturing: bool = False
+    in_base: bool = False  # the base is preparing its metadata; its own nested calls are not ours
+    base_pending: Any = None  # eager batch whose base metadata has not been prepared
+
+
+def adopt(backend: Any, state: PatState) -> Any:
+    """Turn a base backend instance into a PAT one, in place."""
+    base = type(backend)
+    backend._pat = state
+    backend.__class__ = type(f"Pat{base.__name__}", (PatMixin, base), {})
+    return backend
+
+
+class PatMixin:
+    """See the module. Comes before the base backend's class in the method resolution order."""
+
+    _pat: PatState
+
+    # -- metadata ---------------------------------------------------------------------------------
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kw: Any) -> Any:
+        """Graphs may be captured for more rows than there are request slots (DP padding)."""
+        state = self._pat
+        if max_bs > state.max_rows:
+            state.planners.clear()  # free before allocating again
+            state.planners = state.make_planners(max_bs)
+            state.max_rows, state.planned_version = max_bs, 0
+        return super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kw)  # type: ignore[misc]
+
+    def init_forward_metadata(self, forward_batch: Any) -> Any:
+        """Eager entry point."""
+        state = self._pat
+        if state.in_base or not _is_pat_step(forward_batch):
+            return super().init_forward_metadata(forward_batch)  # type: ignore[misc]
+        # The rids come from the scheduler's batch; a dummy forward has none. Rows that DP
+        # attention appended for padding have no rid.
+        rids = getattr(forward_batch, "rids", None)
+        rows = min(len(rids), forward_batch.batch_size) if rids else forward_batch.batch_size
+        self._pat_plan(forward_batch, rows, real=bool(rids))
+        state.base_pending = forward_batch
+        if state.base_needed:
+            self._pat_base_metadata()
+        return None
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> Any:
+        """Outside the graph, before capture and before every replay."""
+        state = self._pat
+        base = super().init_forward_metadata_out_graph  # type: ignore[misc]
+        if state.in_base or not _is_pat_step(forward_batch):
+            return base(forward_batch, in_capture=in_capture)
+        state.capturing, state.base_pending = in_capture, None
+        padding = 0 if in_capture else getattr(forward_batch, "num_padding", 0) or 0
+        rows = forward_batch.batch_size - padding
+        self._pat_plan(forward_batch, rows, real=not in_capture and rows > 0)
+        # Capture must leave the base in the state its own layers expect. At replay its metadata
+        # is host work for nobody, once a capture has shown that no layer runs on the base.
+        if in_capture or state.base_needed or not state.captured:
+            state.in_base = True
+            try:
+                return base(forward_batch, in_capture=in_capture)
+            finally:
+                state.in_base = False
+        return None
+
+    def shared_read_ends(self, forward_mode: Any) -> Any:
+        """0.5.18+: where the reads of scheduler-owned tensors end; ours, before the replay."""
+        before_replay = compat.reads_end_before_replay()
+        if before_replay is None or not forward_mode.is_decode() or self._pat.base_needed:
+            return super().shared_read_ends(forward_mode)  # type: ignore[misc]
+        return before_replay
+
+    # -- layers -----------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One layer: q ``[tokens, q_heads * d]``, k and v ``[tokens, kv_heads, d]`` or None."""
+        state = self._pat
+        if state.capturing:
+            state.captured = True
+        reason = self._pat_verdict(layer, forward_batch, q, kwargs)
+        if reason is not None:
+            state.base_needed = True
+            self._pat_base_metadata()
+            return super().forward_decode(  # type: ignore[misc]
+                q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
+            )
+        num_q_heads, _, head_dim = geometry = eligibility.geometry(layer)
+        pool = state.kv_pool
+        if save_kv_cache and k is not None:
+            pool.set_kv_buffer(layer, compat.kv_write_loc(forward_batch), k, v)
+        q = q.reshape(-1, num_q_heads, head_dim)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        pat_decode(
+            q,
+            # Every call: under HiCache this waits until the layer's KV has been loaded.
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
+            state.plans[geometry],
+            sm_scale=layer.scaling,
+            out=out,
+        )
+        return out.view(-1, num_q_heads * head_dim)
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _pat_verdict(
+        self, layer: Any, forward_batch: Any, q: torch.Tensor, kwargs: dict[str, Any]
+    ) -> str | None:
+        """Why this call goes to the base. A layer's verdict is fixed at its first call."""
+        state = self._pat
+        if not state.plans or forward_batch.spec_info is not None:
+            return "no plan for this forward"
+        if layer in state.verdicts:
+            # Extra arguments are static in every model, but ignoring one would be a wrong token.
+            return state.verdicts[layer] or eligibility.arguments_reason(kwargs)
+        reason = eligibility.layer_reason(layer) or eligibility.arguments_reason(kwargs)
+        if reason is None and eligibility.geometry(layer) not in state.planners:
+            reason = "geometry not known at start"
+        if reason is None and q.dtype != state.dtype:
+            reason = f"queries are {q.dtype}, the KV cache is {state.dtype}"
+        state.verdicts[layer] = reason
+        if reason is not None:
+            METRICS.count_reason("layers_on_base", reason)
+        return reason
+
+    def _pat_base_metadata(self) -> None:
+        """Prepare the base's own metadata of this eager step, if nobody has yet."""
+        state = self._pat
+        batch, state.base_pending = state.base_pending, None
+        if batch is None:
+            return
+        state.in_base = True
+        try:
+            super().init_forward_metadata(batch)  # type: ignore[misc]
+        finally:
+            state.in_base = False
+
+    def _pat_plan(self, forward_batch: Any, rows: int, *, real: bool) -> None:
+        """Bring every plan up to this step; ``rows``: live rows, without padding."""
+        state = self._pat
+        structure = state.feed.take(rows) if real else None
+        if real:
+            state.feed.check_fired()
+        lens = self._pat_host_lens(forward_batch, rows, structure)
+        step = {
+            "host_lens": lens,
+            "seq_lens": forward_batch.seq_lens,
+            "req_to_token": state.req_to_token_pool.req_to_token,
+            "req_pool_indices": forward_batch.req_pool_indices,
+        }
+        kept = (
+            structure is not None
+            and structure.version == state.planned_version
+            and all(
+                planner.advance(state.plans[geometry], **step)
+                for geometry, planner in state.planners.items()
+            )
+        )
+        if not kept:
+            forest = None if structure is None else structure.forest
+            leaf_of_row = None if structure is None else structure.leaf_of_row
+            for geometry, planner in state.planners.items():
+                state.plans[geometry] = planner.plan(forest, leaf_of_row, **step)
+            state.planned_version = 0 if structure is None else structure.version
+        if state.validate:
+            for plan in state.plans.values():
+                plan.validate(step["req_to_token"], step["req_pool_indices"], step["seq_lens"])
+        self._pat_count(structure, real=real, kept=kept)
+
+    def _pat_host_lens(
+        self, forward_batch: Any, rows: int, structure: BatchStructure | None
+    ) -> Int32Array:
+        """[rows] sequence lengths on the host, without a device synchronisation."""
+        lens = getattr(forward_batch, "seq_lens_cpu", None)
+        if lens is not None:
+            return lens[:rows].numpy().astype(np.int32)
+        if structure is not None:
+            return np.array([req.seqlen for req in structure.reqs], np.int32)
+        return np.full(rows, 1, np.int32)
+
+    def _pat_count(self, structure: BatchStructure | None, *, real: bool, kept: bool) -> None:
+        if not real:
+            METRICS.count("dummy_plans")
+            return
+        METRICS.count("plans_kept" if kept else "plans_made")
+        if structure is None:
+            METRICS.count_reason("no_sharing", "the hook did not see this step")
+        elif structure.no_sharing is not None:
+            METRICS.count_reason("no_sharing", structure.no_sharing)
+        stats = next(iter(self._pat.plans.values())).stats
+        METRICS.count("shared_segments", stats.shared_segments)
+        METRICS.count("planned_kv_tokens", stats.planned_tokens)
+        METRICS.count("unshared_kv_tokens", stats.unshared_tokens)
+
+
+def _is_pat_step(forward_batch: Any) -> bool:
+    """A plain decode step. During replay ``forward_mode`` is the captured mode."""
+    return forward_batch.forward_mode.is_decode() and forward_batch.spec_info is None

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""What differs between SGLang versions, found by looking, and the one message when it cannot work.
+
+Supported: SGLang 0.5.13.post1 and newer (the three-method metadata contract). Tested: 0.5.17.
+Versions nobody has tried run when everything probed here is in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from operator import attrgetter
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+OLDEST = Version("0.5.13.post1")
+TESTED = ("0.5.17",)
+
+
+def sglang_version() -> str:
+    """Version of the installed SGLang."""
+    return version("sglang")
+
+
+def unsupported_version(installed: str) -> str | None:
+    """Why this SGLang cannot run PAT, judged by its number alone; None when it may."""
+    try:
+        parsed = Version(installed)
+    except InvalidVersion:
+        return None  # a local build: the probes decide
+    if parsed < OLDEST:
+        return f"SGLang {installed} is older than {OLDEST}; upgrade SGLang"
+    return None
+
+
+def missing_seams() -> str | None:
+    """Why this SGLang cannot run PAT, judged by its code; None when every seam is in place."""
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    missing = [
+        f"AttentionBackend.{name}"
+        for name in ("init_forward_metadata_out_graph", "forward_decode", "init_forward_metadata")
+        if not hasattr(AttentionBackend, name)
+    ]
+    try:
+        parameters = inspect.signature(ForwardBatch.init_new).parameters
+    except (AttributeError, TypeError, ValueError):
+        parameters = {}
+    if not {"batch", "model_runner"} <= set(parameters):
+        missing.append("ForwardBatch.init_new(batch, model_runner)")
+    if not missing:
+        return None
+    return (
+        f"SGLang {sglang_version()} has no {', '.join(missing)}; "
+        f"use a tested version ({', '.join(TESTED)})"
+    )
+
+
+def request_row_getter(req: object) -> Callable[[Any], Any]:
+    """Getter of a request's row in req_to_token (moved into ``req.kv`` in 0.5.18 .. 0.5.23)."""
+    if hasattr(req, "req_pool_idx"):
+        return attrgetter("req_pool_idx")
+    return attrgetter("kv.req_pool_idx")
+
+
+def kv_write_loc(forward_batch: Any) -> Any:
+    """Where this step's K and V go, as the base backends of this version say it.
+
+    Without the sliding-window location: layers that have one stay on the base.
+    """
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+    for_batch = getattr(KVWriteLoc, "for_batch", None)
+    if for_batch is not None:  # 0.5.22+: carries the mark that the ids are physical
+        return for_batch(forward_batch)
+    return KVWriteLoc(forward_batch.out_cache_loc)
+
+
+def reads_end_before_replay() -> Any | None:
+    """SharedReadEnds.PRE_REPLAY where it exists (0.5.18+), else None."""
+    from sglang.srt.layers.attention import base_attn_backend
+
+    ends = getattr(base_attn_backend, "SharedReadEnds", None)
+    return None if ends is None else ends.PRE_REPLAY
+
+
+def backend_names(runner: Any) -> tuple[str | None, str | None]:
+    """(prefill, decode) backend names this runner was resolved to."""
+    prefill = getattr(runner, "prefill_attention_backend_str", None)
+    decode = getattr(runner, "decode_attention_backend_str", None)
+    if isinstance(prefill, str) and isinstance(decode, str):  # 0.5.2x stamps them before building
+        return prefill, decode
+    getter = getattr(runner.server_args, "get_attention_backends", None)
+    return (None, None) if getter is None else getter()
+
+
+def translates_slots(runner: Any) -> bool:
+    """Whether req_to_token holds virtual ids that PAT must not use as slots (unified pools)."""
+    translator = getattr(runner, "kv_index_translator", None)
+    if translator is not None and getattr(translator, "is_translating", False):
+        return True
+    return hasattr(getattr(runner, "token_to_kv_pool_allocator", None), "translate_kv_loc")

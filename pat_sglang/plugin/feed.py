@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""From the ForwardBatch.init_new hook to the backend: the structure of the step about to run.
+
+The structure travels on the ModelRunner (attribute ``_pat_feed``), not on the ForwardBatch: SGLang
+copies that one field by field before the forward and drops everything it does not know. It is
+taken once, so a dummy forward (warm-up, capture) can never see the structure of an earlier step.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pat_sglang import envs
+from pat_sglang.metrics import METRICS
+
+from .structure import BatchStructure, StructureTracker
+
+logger = logging.getLogger("pat_sglang")
+
+ATTRIBUTE = "_pat_feed"
+
+
+class StructureFeed:
+    """One slot between the hook (writer) and the backend (reader), both on the scheduler thread."""
+
+    def __init__(self) -> None:
+        self.tracker = StructureTracker()
+        self.fired = 0
+        self._pending: BatchStructure | None = None
+        self._checked = False
+
+    def on_forward(self, batch: Any) -> None:
+        """A ForwardBatch was just made from this ScheduleBatch."""
+        self.fired += 1
+        METRICS.count("hook_fired")
+        if batch.forward_mode.is_decode() and batch.spec_info is None:
+            self._pending = self.tracker.observe(batch)
+        else:
+            if batch.forward_mode.is_decode():
+                METRICS.count_reason("steps_on_base", "speculative decode")
+            self._pending = None
+            self.tracker.drop_if_touched(batch.reqs or ())
+
+    def take(self, rows: int) -> BatchStructure | None:
+        """The structure of a decode step with this many live rows, once; None: not known."""
+        pending, self._pending = self._pending, None
+        if pending is not None and len(pending.reqs) != rows:
+            METRICS.count_reason("no_sharing", "rows of the step and of the structure differ")
+            self.tracker.drop()
+            return None
+        return pending
+
+    def check_fired(self) -> None:
+        """Called at real decode steps: SGLang swallows hooks that failed to install.
+
+        Raises:
+            RuntimeError: the hook never fired, under PAT_SGLANG_STRICT.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        if self.fired:
+            return
+        message = (
+            "pat-sglang: the hook on ForwardBatch.init_new never fired, so no prefix is shared. "
+            "Is another plug-in replacing it, or is this SGLang version not supported? "
+            "`python -m pat_sglang doctor` tells."
+        )
+        if envs.STRICT.get():
+            raise RuntimeError(message)
+        logger.warning(message)
+
+
+def on_init_new(
+    result: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any
+) -> None:
+    """AFTER hook on ForwardBatch.init_new."""
+    feed = getattr(model_runner, ATTRIBUTE, None)
+    if feed is not None:
+        feed.on_forward(batch)

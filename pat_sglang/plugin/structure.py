@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""What the requests of a decode batch share, read from SGLang's prefix tree.
+
+SGLang builds a ForwardBatch from its ScheduleBatch right before every forward, in the scheduler
+thread. The hook in feed.py looks at the ScheduleBatch there: ``reqs`` (the rows, in order),
+``tree_cache`` and ``seq_lens_cpu``. Sharing follows from node identity alone; no token and no KV
+slot is compared. Rows of a running request are locked in the tree, so their nodes stay.
+
+Why an unchanged signature keeps a plan exact: for a row that stays in the batch, the slots below
+its last node change only together with the last node; a node split makes a new *upper* node and
+only refines boundaries inside ranges that are shared already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pat_sglang import envs
+from pat_sglang.forest import Forest
+
+from . import compat
+
+logger = logging.getLogger("pat_sglang")
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class BatchStructure:
+    """Rows of one decode batch and the tree nodes that two or more of them share."""
+
+    version: int  # equal versions: same rows, same nodes. Never used again after a change
+    reqs: list[Any]  # the request of each row; held, so that identity means something
+    forest: Forest | None  # None: nothing is known to be shared
+    leaf_of_row: Int32Array | None  # [rows] deepest shared node, -1: none
+    no_sharing: str | None  # why the structure is not known; None: it is
+
+
+class StructureTracker:
+    """Turns successive ScheduleBatches into BatchStructures; the same object while unchanged."""
+
+    def __init__(self) -> None:
+        self._version = 0
+        self._list: list[Any] | None = None  # the scheduler's own list object
+        self._reqs: list[Any] = []
+        self._nodes: list[Any] = []
+        self._rows: list[Any] = []  # req_to_token row of each request
+        self._retractions: list[int] = []
+        self._members: set[Any] | None = None
+        self._structure: BatchStructure | None = None
+        self._row_of: Callable[[Any], Any] | None = None
+        self._reader: _TreeReader | None = None
+
+    def observe(self, batch: Any) -> BatchStructure:
+        """Structure of a decode ScheduleBatch."""
+        reqs = batch.reqs
+        nodes = [req.last_node for req in reqs]
+        structure = self._structure
+        same_nodes = structure is not None and nodes == self._nodes and reqs == self._reqs
+        if same_nodes and reqs is self._list:
+            # Retraction takes a request out of the batch, and filter_batch and merge_batch bind a
+            # new list: within one list object only the nodes can have changed.
+            assert structure is not None
+            return structure
+        if self._row_of is None and reqs:
+            self._row_of = compat.request_row_getter(reqs[0])
+        rows = [] if self._row_of is None else list(map(self._row_of, reqs))
+        retractions = [getattr(req, "retraction_count", 0) for req in reqs]
+        self._list = reqs
+        if same_nodes and rows == self._rows and retractions == self._retractions:
+            assert structure is not None
+            return structure
+
+        forest, leaf_of_row, unknown = self._read(batch, nodes)
+        self._version += 1
+        self._reqs, self._nodes, self._rows = list(reqs), nodes, rows
+        self._retractions, self._members = retractions, None
+        self._structure = BatchStructure(self._version, self._reqs, forest, leaf_of_row, unknown)
+        return self._structure
+
+    def drop(self) -> None:
+        """Forget the signature: the next decode step plans anew."""
+        self._structure = None
+        self._list = None
+        self._reqs, self._nodes = [], []
+
+    def drop_if_touched(self, reqs: Sequence[Any]) -> None:
+        """A forward other than a PAT decode step ran with these requests."""
+        if self._structure is None:
+            return
+        if self._members is None:
+            self._members = set(self._reqs)
+        if not self._members.isdisjoint(reqs):
+            self.drop()
+
+    def _read(
+        self, batch: Any, nodes: list[Any]
+    ) -> tuple[Forest | None, Int32Array | None, str | None]:
+        tree = batch.tree_cache
+        if self._reader is None or self._reader.tree is not tree:
+            self._reader = _TreeReader(tree)
+        try:
+            return self._reader.read(nodes, _host_lens(batch))
+        except Exception as error:
+            # A wrong guess about a tree must not stop a server that the base would keep running.
+            if envs.STRICT.get():
+                raise
+            reason = f"tree lookup failed: {type(error).__name__}"
+            self._reader.warn_once(f"{reason}: {error}")
+            return None, None, reason
+
+
+def _host_lens(batch: Any) -> npt.NDArray[Any]:
+    """Sequence lengths of the batch on the host; a value too small only costs sharing."""
+    lens = getattr(batch, "seq_lens_cpu", None)
+    if lens is not None:
+        return lens.numpy()
+    return np.array([req.seqlen for req in batch.reqs], np.int64)
+
+
+class _TreeReader:
+    """Finds the shared nodes under a list of last nodes, for whichever kind of tree this is."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+        inner = getattr(tree, "inner", None)  # StreamingSession wraps the real tree
+        self._tree = tree if inner is None else inner
+        core = getattr(self._tree, "tree_core", None)
+        self._collect = getattr(core, "collect_path_info", None)  # 0.5.22+, both tree cores
+        self._resolve = getattr(self._tree, "resolve_node_handle", None)
+        self._walkable: dict[type, bool] = {type(None): False}
+        self._warned = False
+
+    def read(
+        self, nodes: list[Any], lens: npt.NDArray[Any]
+    ) -> tuple[Forest | None, Int32Array | None, str | None]:
+        """Forest, leaf of each row, and why nothing is known (or None)."""
+        if self._tree is None:
+            return None, None, "no prefix tree"
+        if getattr(self._tree, "disable", False):
+            return None, None, "radix cache is off"
+        unknown = None
+        if any(type(node) is int for node in nodes):
+            nodes = self._resolve_ids(nodes)
+        for kind in set(map(type, nodes)):
+            if kind not in self._walkable:
+                example = next(node for node in nodes if type(node) is kind)
+                self._walkable[kind] = hasattr(example, "parent") and hasattr(example, "key")
+            if not self._walkable[kind]:
+                nodes = [None if type(node) is kind else node for node in nodes]
+                if kind is not type(None):
+                    unknown = f"nodes of type {kind.__name__} are opaque"
+        forest, leaf_of_row = shared_forest(nodes, lens)
+        if unknown is not None and forest is None:
+            return None, None, unknown
+        return forest, leaf_of_row, None
+
+    def warn_once(self, message: str) -> None:
+        """One line a tree, however often it goes wrong."""
+        if not self._warned:
+            self._warned = True
+            logger.warning("pat-sglang: %s; decoding without sharing", message)
+
+    def _resolve_ids(self, nodes: list[Any]) -> list[Any]:
+        """Node objects for the integer ids of the unified trees."""
+        if self._collect is not None:
+            return self._nodes_of_paths(nodes)
+        if self._resolve is None:
+            return [None if type(node) is int else node for node in nodes]
+        resolve = self._resolve
+        return [resolve(node) if type(node) is int else node for node in nodes]
+
+    def _nodes_of_paths(self, nodes: list[Any]) -> list[Any]:
+        """Stand-ins for nodes that live in a tree core without node objects (Rust)."""
+        assert self._collect is not None
+        ids = list(dict.fromkeys(node for node in nodes if type(node) is int))
+        root = _PathNode(None, range(0))
+        known: dict[int, _PathNode] = {}
+        last: dict[int, _PathNode] = {}
+        for node_id, path in zip(ids, self._collect(ids), strict=True):
+            above = root
+            for info in path:
+                node = known.get(info.node_id)
+                if node is None:
+                    node = _PathNode(above, range(info.path_start, info.path_end))
+                    known[info.node_id] = node
+                above = node
+            last[node_id] = above
+        return [last[node] if type(node) is int else node for node in nodes]
+
+
+@dataclass(frozen=True, eq=False)
+class _PathNode:
+    """What shared_forest needs of a tree node: its parent and the length of its key."""
+
+    parent: _PathNode | None
+    key: range
+
+
+def shared_forest(
+    nodes: Sequence[Any], lens: npt.NDArray[Any]
+) -> tuple[Forest | None, Int32Array | None]:
+    """The nodes that at least two rows pass through.
+
+    Nodes of one row only are left out before their length is asked for: at 256 rows that is the
+    difference between 9 and 265 calls of a Python ``__len__``.
+
+    Args:
+        nodes: the last node of each row, with ``parent`` and ``key``; None: no path.
+        lens: [rows] sequence lengths; a row's path ends at the deepest node that leaves at least
+            the token being decoded outside.
+
+    Returns:
+        ``(None, None)`` when nothing is shared. Parents come before children in the forest.
+    """
+    # None, above every root, counts as seen: each walk then ends at exactly one test per node.
+    seen: set[Any] = {None}
+    visit = seen.add
+    meets = []  # where each row runs into the path of an earlier one
+    for node in nodes:
+        while node not in seen:
+            visit(node)
+            node = node.parent
+        meets.append(node)
+    shared = [node for node in dict.fromkeys(meets) if node is not None and node.parent is not None]
+    if not shared:  # rows met at the root at most, and the root holds no tokens
+        return None, None
+
+    index: dict[Any, int] = {None: -1}
+    parents: list[int] = []
+    lengths: list[int] = []
+    depths: list[int] = []
+    for node in shared:
+        chain = []
+        while node not in index:
+            chain.append(node)
+            node = node.parent
+        if node is None:
+            index[chain.pop()] = -1  # the root
+        above = index[node]
+        for node in reversed(chain):
+            length = len(node.key)
+            index[node] = len(parents)
+            parents.append(above)
+            lengths.append(length)
+            depths.append(length + (depths[above] if above >= 0 else 0))
+            above = index[node]
+
+    leaves = []
+    for node in nodes:
+        while node not in index:
+            node = node.parent
+        leaves.append(index[node])
+    leaf_of_row = np.array(leaves, np.int32)
+    depth_of_row = np.array([*depths, 0], np.int64)[leaf_of_row]  # -1 picks the appended 0
+    limit = np.maximum(np.asarray(lens[: len(leaves)], np.int64) - 1, 0)
+    for row in np.nonzero(depth_of_row > limit)[0]:
+        at = leaves[row]
+        while at >= 0 and depths[at] > limit[row]:
+            at = parents[at]
+        leaf_of_row[row] = at
+    return Forest(np.array(parents, np.int32), np.array(lengths, np.int32)), leaf_of_row
