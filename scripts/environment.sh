@@ -61,8 +61,10 @@ pat_install_gpu() {
 }
 
 pat_install_host() {
-  # The package alone first: a machine without internet can still run the GPU tier.
-  pat_pip --no-build-isolation --no-deps -e . || pat_pip --no-deps -e . || return
-  pat_pip --no-build-isolation -e ".$1" gguf ||
+  # The package alone first: a machine without internet can still run the GPU tier. Building in
+  # isolation needs an index; not doing so needs a setuptools that is not too old.
+  local how=--no-build-isolation
+  if ! pat_pip $how --no-deps -e . 2>/dev/null; then how=""; pat_pip --no-deps -e . || return; fi
+  pat_pip $how -e ".$1" gguf ||
     echo "warning: pip could not install all tools; tiers that need one will say so" >&2
 }
