@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,9 +191,9 @@ def make_layout(
 
 
 def parse(text: str, name: str | None = None) -> Tree:
-    """A tree of the published notation, `nodes a level_tokens a level`, rows in depth-first order."""
+    """A tree of the published notation, `nodes a level_tokens a level`; rows depth first."""
     counts, tokens = ([int(x) for x in part.split(",")] for part in text.split("_"))
-    if len(counts) != len(tokens) or any(b % a for a, b in zip(counts, counts[1:], strict=False)):
+    if len(counts) != len(tokens) or any(b % a for a, b in pairwise(counts)):
         raise ValueError(f"bad tree {text!r}")
     parent: list[int] = []
     length: list[int] = []
@@ -217,7 +218,7 @@ def published(number: int) -> Tree:
     return parse(PUBLISHED[number - 1], f"pat{number:02d}")
 
 
-# Random forests ------------------------------------------------------------------------------------
+# Random forests
 
 
 class _Builder:
