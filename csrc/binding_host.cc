@@ -26,7 +26,8 @@ int32_t* data_of(const ffi::TensorView& tensor, const char* name) {
   if (device != kDLCPU && device != kDLCUDAHost) {
     TVM_FFI_THROW(ValueError) << name << " is on device type " << device << ", not on the host";
   }
-  if (tensor.ndim() != 1 || !tensor.IsContiguous()) {
+  // An empty array comes with any stride.
+  if (tensor.ndim() != 1 || (tensor.size(0) > 0 && !tensor.IsContiguous())) {
     TVM_FFI_THROW(ValueError) << name << " is not a contiguous 1-D tensor (" << tensor.ndim()
                               << " dimensions)";
   }
