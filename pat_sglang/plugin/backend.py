@@ -16,14 +16,15 @@ Which one is a static property of the layer (eligibility.py), so it may be captu
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from pat_sglang.decode import pat_decode
+from pat_sglang.forest import Forest
 from pat_sglang.metrics import METRICS
 
 from . import compat, eligibility
@@ -33,9 +34,8 @@ from .structure import BatchStructure, Int32Array
 if TYPE_CHECKING:
     from pat_sglang import DecodePlan
 
-logger = logging.getLogger("pat_sglang")
-
-Geometry = tuple[int, int, int]
+# The forest of a batch that shares nothing: one node of no tokens, below no row.
+_NO_NODES = Forest(np.array([-1], np.int32), np.array([0], np.int32))
 
 
 @dataclass
@@ -43,14 +43,14 @@ class PatState:
     """Everything PAT keeps on a backend instance, under one attribute."""
 
     feed: StructureFeed
-    planners: dict[Geometry, Any]  # one DecodePlanner a geometry; normally exactly one
+    planners: dict[eligibility.Geometry, Any]  # one DecodePlanner a geometry; normally exactly one
     make_planners: Any  # (max_rows) -> planners, should init_cuda_graph_state need more rows
     max_rows: int
     dtype: torch.dtype
     kv_pool: Any
     req_to_token_pool: Any
     validate: bool
-    plans: dict[Geometry, DecodePlan] = field(default_factory=dict)
+    plans: dict[eligibility.Geometry, DecodePlan] = field(default_factory=dict)
     planned_version: int = 0  # BatchStructure.version the plans were made for; 0: none
     verdicts: dict[Any, str | None] = field(default_factory=dict)  # layer -> why on the base
     base_needed: bool = False  # some decode layer ran on the base
@@ -68,8 +68,12 @@ def adopt(backend: Any, state: PatState) -> Any:
     return backend
 
 
-class PatMixin:
-    """See the module. Comes before the base backend's class in the method resolution order."""
+class PatMixin(AttentionBackend):
+    """See the module. Comes before the base backend's class in the method resolution order.
+
+    NOTE: an AttentionBackend itself, because an instance may change to a class of two bases only
+    when both inherit their instance layout from the same class.
+    """
 
     _pat: PatState
 
@@ -82,13 +86,13 @@ class PatMixin:
             state.planners.clear()  # free before allocating again
             state.planners = state.make_planners(max_bs)
             state.max_rows, state.planned_version = max_bs, 0
-        return super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kw)  # type: ignore[misc]
+        return super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kw)
 
     def init_forward_metadata(self, forward_batch: Any) -> Any:
         """Eager entry point."""
         state = self._pat
         if state.in_base or not _is_pat_step(forward_batch):
-            return super().init_forward_metadata(forward_batch)  # type: ignore[misc]
+            return super().init_forward_metadata(forward_batch)
         # The rids come from the scheduler's batch; a dummy forward has none. Rows that DP
         # attention appended for padding have no rid.
         rids = getattr(forward_batch, "rids", None)
@@ -102,13 +106,15 @@ class PatMixin:
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> Any:
         """Outside the graph, before capture and before every replay."""
         state = self._pat
-        base = super().init_forward_metadata_out_graph  # type: ignore[misc]
+        base = super().init_forward_metadata_out_graph
         if state.in_base or not _is_pat_step(forward_batch):
             return base(forward_batch, in_capture=in_capture)
         state.capturing, state.base_pending = in_capture, None
         padding = 0 if in_capture else getattr(forward_batch, "num_padding", 0) or 0
         rows = forward_batch.batch_size - padding
-        self._pat_plan(forward_batch, rows, real=not in_capture and rows > 0)
+        # With DP attention a rank may replay with padding only. One padded row is planned then:
+        # the graph must not run the plan of an earlier, larger batch.
+        self._pat_plan(forward_batch, max(rows, 1), real=not in_capture and rows > 0)
         # Capture must leave the base in the state its own layers expect. At replay its metadata
         # is host work for nobody, once a capture has shown that no layer runs on the base.
         if in_capture or state.base_needed or not state.captured:
@@ -123,7 +129,7 @@ class PatMixin:
         """0.5.18+: where the reads of scheduler-owned tensors end; ours, before the replay."""
         before_replay = compat.reads_end_before_replay()
         if before_replay is None or not forward_mode.is_decode() or self._pat.base_needed:
-            return super().shared_read_ends(forward_mode)  # type: ignore[misc]
+            return super().shared_read_ends(forward_mode)
         return before_replay
 
     # -- layers -----------------------------------------------------------------------------------
@@ -147,7 +153,7 @@ class PatMixin:
         if reason is not None:
             state.base_needed = True
             self._pat_base_metadata()
-            return super().forward_decode(  # type: ignore[misc]
+            return super().forward_decode(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
         num_q_heads, _, head_dim = geometry = eligibility.geometry(layer)
@@ -197,7 +203,7 @@ class PatMixin:
             return
         state.in_base = True
         try:
-            super().init_forward_metadata(batch)  # type: ignore[misc]
+            super().init_forward_metadata(batch)
         finally:
             state.in_base = False
 
@@ -223,8 +229,10 @@ class PatMixin:
             )
         )
         if not kept:
-            forest = None if structure is None else structure.forest
-            leaf_of_row = None if structure is None else structure.leaf_of_row
+            forest, leaf_of_row = _NO_NODES, np.full(rows, -1, np.int32)
+            if structure is not None and structure.forest is not None:
+                assert structure.leaf_of_row is not None
+                forest, leaf_of_row = structure.forest, structure.leaf_of_row
             for geometry, planner in state.planners.items():
                 state.plans[geometry] = planner.plan(forest, leaf_of_row, **step)
             state.planned_version = 0 if structure is None else structure.version
@@ -254,6 +262,7 @@ class PatMixin:
         elif structure.no_sharing is not None:
             METRICS.count_reason("no_sharing", structure.no_sharing)
         stats = next(iter(self._pat.plans.values())).stats
+        assert stats is not None
         METRICS.count("shared_segments", stats.shared_segments)
         METRICS.count("planned_kv_tokens", stats.planned_tokens)
         METRICS.count("unshared_kv_tokens", stats.unshared_tokens)

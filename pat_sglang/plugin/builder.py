@@ -11,16 +11,20 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import pat_sglang
-from pat_sglang import DecodePlanner, envs
+from pat_sglang import envs
 from pat_sglang.metrics import METRICS
 
-from . import backend as pat_backend
 from . import compat, eligibility, feed, hooks, server_args
+
+if TYPE_CHECKING:
+    from pat_sglang import DecodePlanner
+
+    from .backend import PatState
 
 logger = logging.getLogger("pat_sglang")
 
@@ -85,6 +89,8 @@ def build_by_name(runner: Any) -> Any:
 
 def extend(name: str, runner: Any, backend: Any) -> Any:
     """The base instance with PAT decode, or as it is when PAT cannot serve this runner."""
+    from .backend import adopt
+
     try:
         envs.check_all()
         state = _make_state(name, runner)
@@ -94,7 +100,7 @@ def extend(name: str, runner: Any, backend: Any) -> Any:
     setattr(runner, feed.ATTRIBUTE, structure_feed)
     hooks.install_runtime(feed.on_init_new, on_internal_state)
     _announce(name, runner, state)
-    return pat_backend.adopt(backend, state)
+    return adopt(backend, state)
 
 
 def decline(name: str, reason: str, backend: Any) -> Any:
@@ -118,7 +124,9 @@ def on_internal_state(result: Any, *args: Any, **kwargs: Any) -> None:
     result.internal_state["pat"] = {"version": pat_sglang.__version__, **METRICS.as_dict()}
 
 
-def _make_state(name: str, runner: Any) -> pat_backend.PatState:
+def _make_state(name: str, runner: Any) -> PatState:
+    from .backend import PatState
+
     installed = compat.sglang_version()
     reason = compat.unsupported_version(installed) or compat.missing_seams()
     if reason is None and name not in envs.BASE_BACKENDS:
@@ -140,7 +148,7 @@ def _make_state(name: str, runner: Any) -> pat_backend.PatState:
         # none of them may stop a server that the base can run.
         logger.debug("pat-sglang: planner", exc_info=True)
         raise _Declined(f"{type(error).__name__}: {error}") from error
-    return pat_backend.PatState(
+    return PatState(
         feed=feed.StructureFeed(),
         planners=planners,
         make_planners=make,
@@ -152,7 +160,7 @@ def _make_state(name: str, runner: Any) -> pat_backend.PatState:
     )
 
 
-def _geometries(runner: Any) -> list[pat_backend.Geometry]:
+def _geometries(runner: Any) -> list[eligibility.Geometry]:
     """Distinct (q heads, KV heads, head dim) of the layers PAT can serve, from the model itself."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -166,12 +174,14 @@ def _geometries(runner: Any) -> list[pat_backend.Geometry]:
 
 
 def _make_planners(
-    geometries: list[pat_backend.Geometry],
+    geometries: list[eligibility.Geometry],
     dtype: torch.dtype,
     device: torch.device,
     max_tokens: int,
     max_rows: int,
-) -> dict[pat_backend.Geometry, DecodePlanner]:
+) -> dict[eligibility.Geometry, DecodePlanner]:
+    from pat_sglang import DecodePlanner
+
     cap = envs.WORKSPACE_MIB.get() << 20
     return {
         (num_q_heads, num_kv_heads, head_dim): DecodePlanner(
@@ -202,7 +212,7 @@ def _default_base(device: str) -> str:
     return "fa3" if major == 9 else "flashinfer"
 
 
-def _announce(name: str, runner: Any, state: pat_backend.PatState) -> None:
+def _announce(name: str, runner: Any, state: PatState) -> None:
     device = state.req_to_token_pool.req_to_token.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (no kernels)"
     mib = sum(planner.workspace_bytes for planner in state.planners.values()) / (1 << 20)

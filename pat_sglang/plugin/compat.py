@@ -46,10 +46,10 @@ def missing_seams() -> str | None:
         if not hasattr(AttentionBackend, name)
     ]
     try:
-        parameters = inspect.signature(ForwardBatch.init_new).parameters
+        parameters = set(inspect.signature(ForwardBatch.init_new).parameters)
     except (AttributeError, TypeError, ValueError):
-        parameters = {}
-    if not {"batch", "model_runner"} <= set(parameters):
+        parameters = set()
+    if not {"batch", "model_runner"} <= parameters:
         missing.append("ForwardBatch.init_new(batch, model_runner)")
     if not missing:
         return None

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from pat_sglang.jit import SUPPORTED_HEAD_DIMS
+
 from . import compat
 
-HEAD_DIMS = (64, 128)
+Geometry = tuple[int, int, int]  # query heads, KV heads, head dim, on this rank
 
 # Server options under which decode has another shape or must not be touched.
 _SERVER_FLAGS = {
@@ -98,7 +100,7 @@ def layer_reason(layer: Any) -> str | None:
         return "xai temperature"
     if layer.qk_head_dim != layer.v_head_dim:
         return "head dims of K and V differ"
-    if layer.qk_head_dim not in HEAD_DIMS:
+    if layer.qk_head_dim not in SUPPORTED_HEAD_DIMS:
         return f"head dim {layer.qk_head_dim}"
     if layer.tp_k_head_num != layer.tp_v_head_num or layer.tp_q_head_num % layer.tp_k_head_num:
         return "head counts"
@@ -115,6 +117,6 @@ def arguments_reason(kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def geometry(layer: Any) -> tuple[int, int, int]:
-    """(query heads, KV heads, head dim) of an eligible layer on this rank."""
+def geometry(layer: Any) -> Geometry:
+    """Geometry of an eligible layer."""
     return layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim
