@@ -165,7 +165,7 @@ def make_layout(
     begins = ends - tree.length
     if (ends % page_size).any() or (begins % page_size).any():
         raise ValueError(f"{tree.name}: not aligned to pages of {page_size}; use at_page_size")
-    node_pages = tree.length // page_size
+    node_pages = np.where(tree.reached(), tree.length, 0) // page_size
     tail_pages = -((tails - tree.seq_lens - reserve) // page_size)
     need = int(node_pages.sum() + tail_pages.sum())
     have = need if pool_slots is None else pool_slots // page_size - 1
