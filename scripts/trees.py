@@ -311,7 +311,7 @@ def _one_long(b: _Builder, rows: int) -> None:
     prefix = b.node(-1, b.log_int(8, 200))
     for _ in range(rows - 1):
         b.row(prefix if b.rng.random() < 0.5 else -1, b.log_int(1, 200))
-    b.row(prefix if b.rng.random() < 0.5 else -1, 32768 - int(b.rng.integers(0, 300)))
+    b.row(prefix if b.rng.random() < 0.5 else -1, 32500 - int(b.rng.integers(0, 300)))
 
 
 def _all_shared(b: _Builder, rows: int) -> None:
