@@ -4,8 +4,8 @@
 A module is one folder ``<cache>/<name>-<digest>/`` with one shared object. The name holds the
 target; the digest covers the bytes of every source file and the flags, never paths. So a cache made
 elsewhere (``python -m pat_sglang build``) works after being carried, also where there is no
-compiler, and a hit runs neither compiler nor ninja. A miss takes a file lock, looks again, builds in a temporary folder and renames
-it into place: tensor-parallel ranks need no more.
+compiler, and a hit runs neither compiler nor ninja. A miss takes a file lock, looks again, builds
+in a temporary folder and renames it into place: tensor-parallel ranks need no more.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _compile(name: str, flags: tuple[str, ...], arch: str | None, scratch: Path)
                     cuda_files=sorted(map(str, (root / "device").glob("*.cu"))),
                     extra_cflags=[f for f in flags if f.startswith("-D")] + list(_CXX_FLAGS),
                     extra_cuda_cflags=list(flags),
-                    extra_include_paths=[str(root)],
+                    extra_include_paths=[str(root), str(cuda_home() / "include")],
                     build_directory=str(scratch),
                 )
     except RuntimeError as error:

@@ -238,7 +238,7 @@ class DecodePlanner:
             part_bytes = 4 * self.num_q_heads * (self.head_dim + 1)
             return sizes, 4 * (sizes.words + sizes.slots + 2 * max_rows + 8) + parts * part_bytes
 
-        none, minimum = sized(0)
+        minimum = sized(0)[1]
         if minimum > cap_bytes:
             raise ValueError(
                 f"max_workspace_bytes {cap_bytes} is below the minimum {minimum} for "

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: MIT
+// Arguments of the kernels: plain pointers and sizes, a shape on every pointer.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace pat {
+
+/// Arguments of one pat_decode: the forward kernel over work items and the merge kernel.
+struct DecodeParams {
+  const void* __restrict__ q;        // [rows_padded, q_heads, d], 16-bit
+  const void* __restrict__ k_cache;  // [slots, kv_heads, d], 16-bit
+  const void* __restrict__ v_cache;  // [slots, kv_heads, d], 16-bit
+  void* __restrict__ out;            // [rows_padded, q_heads, d], 16-bit
+
+  const int32_t* __restrict__ plan;       // plan words, see plan_layout.h
+  const int32_t* __restrict__ slots;      // slot snapshot
+  const int32_t* __restrict__ live_lens;  // [rows] true sequence lengths, -1: tail overflowed
+  int32_t* __restrict__ counters;         // [kNumTiles] work counters, zero between launches
+  float* __restrict__ partial_out;        // [parts, q_heads, d]
+  float* __restrict__ partial_lse;        // [parts, q_heads], base 2
+
+  int64_t q_row_stride, out_row_stride;  // elements between request rows
+  int64_t k_slot_stride, v_slot_stride;  // elements between slots
+  int32_t rows_padded, num_q_heads, num_kv_heads, group_size;
+  float scale_log2;  // sm_scale * log2(e)
+};
+
+/// Arguments of the fill kernel, which brings the slot snapshot up to the true lengths.
+struct FillParams {
+  const int32_t* __restrict__ plan;
+  int32_t* __restrict__ slots;
+  int32_t* __restrict__ filled;     // [rows] first position not yet in the snapshot
+  int32_t* __restrict__ live_lens;  // [rows]
+
+  const int32_t* __restrict__ req_to_token;   // [requests, max_context]
+  const void* __restrict__ req_pool_indices;  // [rows] int32 or int64
+  const void* __restrict__ seq_lens;          // [rows] int32 or int64
+  int64_t req_to_token_stride;
+  bool indices_are_64bit, lens_are_64bit;
+  int32_t rows;  // request rows of the plan
+  int32_t runs;  // shared runs to gather anew, -1: only append to the tails
+};
+
+/// Each launches on `stream` and returns the launch's error; nothing is allocated.
+cudaError_t launch_decode(const DecodeParams& params, int32_t num_sms, cudaStream_t stream);
+cudaError_t launch_merge(const DecodeParams& params, cudaStream_t stream);
+cudaError_t launch_fill(const FillParams& params, cudaStream_t stream);
+
+/// Raises the forward kernel's shared-memory limit on the current device; once, before capture.
+cudaError_t prepare_decode();
+
+}  // namespace pat
