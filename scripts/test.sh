@@ -2,6 +2,7 @@
 # The one test command: lint, types, CPU tests, nvcc tests, GPU tests.
 #
 #   bash scripts/test.sh [TIER ...]     TIER: lint (with the wheel) types cpu nvcc gpu; default: all
+#   bash scripts/test.sh format         applies what lint checks
 #
 # Installs what it needs into a venv first (environment.sh). A tier that this machine cannot run is
 # listed with the reason; a tier that ran nothing has failed. Exit code 0: nothing failed and at
@@ -56,7 +57,19 @@ format_csrc() {
   local sources
   mapfile -t sources < <(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cc')
   [ ${#sources[@]} -gt 0 ] || { echo "no sources under csrc"; return 1; }
-  "$(dirname "$PYTHON")/clang-format" --dry-run -Werror "${sources[@]}"
+  "$(dirname "$PYTHON")/clang-format" "$@" "${sources[@]}"
+}
+
+check_csrc() {
+  local found
+  found=$(format_csrc --dry-run -Werror 2>&1) && return
+  grep 'error:' <<<"$found" || echo "$found"
+  echo "to apply: bash scripts/test.sh format"
+  return 1
+}
+
+apply_formats() {
+  "$PYTHON" -m ruff check --fix --quiet . ; "$PYTHON" -m ruff format --quiet . && format_csrc -i
 }
 
 # The wheel must build, and carry every source the kernels are compiled from.
@@ -87,9 +100,10 @@ for name in ${asked:-lint types cpu nvcc gpu}; do
     lint)
       tool "ruff check" ruff "$PYTHON" -m ruff check .
       tool "ruff format" ruff "$PYTHON" -m ruff format --check .
-      tool "clang-format" clang_format format_csrc
+      tool "clang-format" clang_format check_csrc
       tier "wheel" check_wheel
       ;;
+    format) tier "format" apply_formats ;;
     types) tool "mypy" mypy "$PYTHON" -m mypy pat_sglang ;;
     cpu) tool "CPU tests" hypothesis run_pytest 1200 "not gpu and not nvcc and not slow" ;;
     nvcc)
@@ -109,7 +123,7 @@ for name in ${asked:-lint types cpu nvcc gpu}; do
         absent "GPU tests" "nvidia-smi finds no GPU ($(git grep -l 'mark\.gpu' -- tests | wc -l) test files wait for one)"
       fi
       ;;
-    *) echo "unknown tier $name (lint types cpu nvcc gpu)" >&2; exit 2 ;;
+    *) echo "unknown tier $name (lint types cpu nvcc gpu format)" >&2; exit 2 ;;
   esac
 done
 
