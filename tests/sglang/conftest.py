@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Everything here runs on the real SGLang; the stand-ins for a CPU machine come from tests/conftest.py."""
+"""Everything here runs on the real SGLang; tests/conftest.py has put the CPU stand-ins in place."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No PAT_SGLANG_* variable of the developer's shell reaches a test, no count of another test."""
-    import os
-
+    """No PAT_SGLANG_* variable of the shell reaches a test, and no count of another test."""
     from pat_sglang.metrics import METRICS
 
     for name in list(os.environ):
         if name.startswith("PAT_SGLANG") and name != "PAT_SGLANG_CACHE_DIR":
             monkeypatch.delenv(name)
     METRICS.reset()
+
+
+@pytest.fixture
+def registered() -> None:
+    """The plug-in loaded into this process, as load_plugins() does it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from pat_sglang.plugin import register
+
+    register()
+    HookRegistry.apply_hooks()
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 128,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> str:
+    """A model folder good enough to resolve arguments: a config and no weights."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return str(tmp_path)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+"""A scheduler in miniature: real Req, RadixCache, ReqToTokenPool and allocator, no model.
+
+Each method does to tree, slots and requests what the Scheduler method named in its docstring does.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+POOL = 4096
+
+
+class MiniScheduler:
+    """Requests that live in a real prefix tree."""
+
+    def __init__(self, make_tree: Any = None, page_size: int = 1, **tree_options: Any) -> None:
+        from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+
+        self.pool = ReqToTokenPool(64, 512, "cpu", enable_memory_saver=False)
+        self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
+        options = {"disable": False, **tree_options}
+        params = CacheInitParams(
+            req_to_token_pool=self.pool,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=page_size,
+            **options,
+        )
+        self.tree = (make_tree or RadixCache)(params)
+        self.lens: dict[Any, int] = {}
+        self._names = count()
+
+    def request(self, tokens: Sequence[int], extra_key: str | None = None) -> Any:
+        """A request that has just arrived."""
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        params = SamplingParams(max_new_tokens=64)
+        params.normalize(None)
+        name = f"r{next(self._names)}"
+        return Req(name, "", array("q", tokens), params, extra_key=extra_key, vocab_size=1 << 20)
+
+    def admit(self, req: Any, chunk: int | None = None) -> Any:
+        """PrefillAdder and alloc_for_extend: match, lock, take slots, up to ``chunk`` tokens."""
+        req.init_next_round_input(self.tree)
+        self.tree.inc_lock_ref(req.last_node)
+        self.pool.alloc([req])
+        return self._extend(req, chunk)
+
+    def next_chunk(self, req: Any, chunk: int | None = None) -> Any:
+        """The chunked request's next round: what it computed is in the tree and locked."""
+        req._refresh_fill_ids()
+        return self._extend(req, chunk)
+
+    def _extend(self, req: Any, chunk: int | None) -> Any:
+        total = len(req.full_untruncated_fill_ids)
+        begin = len(req.prefix_indices)
+        end = total if chunk is None else min(total, begin + chunk)
+        req.set_extend_range(begin, end)
+        self.pool.write((req.req_pool_idx, slice(0, begin)), req.prefix_indices.to(torch.int32))
+        slots = self.allocator.alloc(end - begin)
+        self.pool.write((req.req_pool_idx, slice(begin, end)), slots.to(torch.int32))
+        self.lens[req] = end
+        return req
+
+    def publish(self, req: Any, chunked: bool = False) -> Any:
+        """process_batch_result_prefill: the prompt enters the tree, duplicate slots are freed."""
+        self.tree.cache_unfinished_req(req, chunked=chunked)
+        return req
+
+    def serve(self, tokens: Sequence[int], extra_key: str | None = None) -> Any:
+        """Admit, prefill, publish."""
+        return self.publish(self.admit(self.request(tokens, extra_key)))
+
+    def finish(self, req: Any) -> None:
+        """process_batch_result_decode of a finished or aborted request."""
+        self.tree.cache_finished_req(req, kv_len_to_handle=self.lens.pop(req))
+        self.pool.free(req)
+
+    def retract(self, req: Any) -> None:
+        """ScheduleBatch.release_req: slots are freed and nothing enters the tree."""
+        self.tree.cache_finished_req(req, is_insert=False, kv_len_to_handle=self.lens.pop(req))
+        self.pool.free(req)
+        req.reset_for_retract()
+
+    def decode(self, reqs: list[Any], token: int = 7) -> Any:
+        """prepare_for_decode: one more token a row; the ScheduleBatch of the step."""
+        for req in reqs:
+            slot = self.allocator.alloc(1)
+            self.pool.write(
+                (req.req_pool_idx, slice(self.lens[req], self.lens[req] + 1)), slot.int()
+            )
+            self.lens[req] += 1
+            req.output_ids.append(token)
+        return self.batch(reqs, "DECODE")
+
+    def batch(self, reqs: list[Any], mode: str = "DECODE") -> Any:
+        """What ForwardBatch.init_new is given."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        return SimpleNamespace(
+            reqs=reqs,
+            tree_cache=self.tree,
+            seq_lens_cpu=torch.tensor([self.lens[req] for req in reqs], dtype=torch.int64),
+            forward_mode=ForwardMode[mode],
+            spec_info=None,
+        )
+
+    def slots(self, req: Any) -> np.ndarray:
+        """KV slots of a request's tokens."""
+        return self.pool.req_to_token[req.req_pool_idx, : self.lens[req]].numpy()
+
+
+def row_depths(structure: Any) -> list[list[int]]:
+    """Tokens each pair of rows shares, as the structure says."""
+    rows = len(structure.reqs)
+    if structure.forest is None:
+        return [[0] * rows for _ in range(rows)]
+    parent, length = structure.forest.parent, structure.forest.length
+
+    def path(node: int) -> list[int]:
+        nodes = []
+        while node >= 0:
+            nodes.append(node)
+            node = int(parent[node])
+        return nodes[::-1]
+
+    paths = [path(int(leaf)) for leaf in structure.leaf_of_row]
+    return [
+        [sum(int(length[a]) for a, b in zip(x, y, strict=False) if a == b) for y in paths]
+        for x in paths
+    ]
+
+
+def assert_exact(scheduler: MiniScheduler, structure: Any, *, complete: bool = True) -> None:
+    """Shared ranges hold equal slots; ``complete``: and no equal leading slot is missed."""
+    depths = row_depths(structure)
+    rows = [scheduler.slots(req) for req in structure.reqs]
+    for i, first in enumerate(rows):
+        for j, second in enumerate(rows[:i]):
+            n = min(first.size, second.size)
+            differ = np.nonzero(first[:n] != second[:n])[0]
+            common = int(differ[0]) if differ.size else n
+            assert depths[i][j] <= common, f"rows {j} and {i} do not share {depths[i][j]} slots"
+            if complete:
+                assert depths[i][j] == common, (
+                    f"rows {j} and {i} share {common}, not {depths[i][j]}"
+                )

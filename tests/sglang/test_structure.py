@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: MIT
+"""Structure of decode batches, read from SGLang's own prefix trees."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scheduling import MiniScheduler, assert_exact, row_depths
+
+from pat_sglang.metrics import METRICS
+from pat_sglang.plugin.feed import StructureFeed
+from pat_sglang.plugin.structure import StructureTracker, shared_forest
+
+SYSTEM = list(range(100, 140))
+TOOLS = list(range(200, 230))
+
+
+def observe(scheduler, reqs, tracker=None):
+    return (tracker or StructureTracker()).observe(scheduler.decode(reqs))
+
+
+def test_two_levels_and_private_tails():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, *TOOLS, 300 + i, 1, 2]) for i in range(4)]
+    reqs += [scheduler.serve([*SYSTEM, 400 + i]) for i in range(3)]
+    structure = observe(scheduler, reqs)
+    assert_exact(scheduler, structure)
+    depths = row_depths(structure)
+    assert depths[0][1] == 70 and depths[0][4] == 40 and depths[4][5] == 40
+    assert structure.no_sharing is None
+    assert structure.forest.num_nodes == 2  # private nodes are left out
+
+
+def test_one_step_lag_after_prefill():
+    """The first decode step is launched before the prompt is published: less sharing, not wrong."""
+    scheduler = MiniScheduler()
+    scheduler.serve([*SYSTEM, 1])
+    reqs = [scheduler.admit(scheduler.request([*SYSTEM, *TOOLS, i])) for i in (2, 3)]
+    tracker = StructureTracker()
+    first = observe(scheduler, reqs, tracker)
+    assert_exact(scheduler, first)
+    assert row_depths(first)[0][1] == 40
+    for req in reqs:
+        req.set_extend_range(0, 71)
+        scheduler.publish(req)
+    second = observe(scheduler, reqs, tracker)
+    assert second.version != first.version
+    assert_exact(scheduler, second)
+    assert row_depths(second)[0][1] == 70
+
+
+def test_duplicates_share_the_whole_prompt_and_write_apart():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, 5]) for _ in range(3)]
+    structure = observe(scheduler, reqs)
+    assert_exact(scheduler, structure)
+    assert row_depths(structure)[0][2] == 41
+    assert len(set(structure.leaf_of_row.tolist())) == 1
+
+
+def test_cold_burst_is_deduplicated_after_the_first_step():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.admit(scheduler.request([*SYSTEM, i])) for i in range(4)]
+    tracker = StructureTracker()
+    first = observe(scheduler, reqs, tracker)
+    assert first.forest is None and first.no_sharing is None
+    for req in reqs:
+        scheduler.publish(req)
+    structure = observe(scheduler, reqs, tracker)
+    assert_exact(scheduler, structure)
+    assert row_depths(structure)[0][3] == 40
+
+
+def test_chunked_prefill():
+    scheduler = MiniScheduler()
+    other = scheduler.serve([*SYSTEM, 1])
+    tracker = StructureTracker()
+    feed = StructureFeed()
+    feed.tracker = tracker
+    chunked = scheduler.admit(scheduler.request([*SYSTEM, *TOOLS, *TOOLS, 9]), chunk=32)
+    while True:
+        feed.on_forward(scheduler.batch([chunked], "EXTEND"))
+        done = scheduler.lens[chunked] == len(chunked.origin_input_ids)
+        scheduler.publish(chunked, chunked=not done)
+        assert_exact(scheduler, observe(scheduler, [other], tracker))
+        if done:
+            break
+        scheduler.next_chunk(chunked, chunk=32)
+    structure = observe(scheduler, [other, chunked], tracker)
+    assert_exact(scheduler, structure)
+    assert row_depths(structure)[0][1] == 40
+
+
+def test_node_split_keeps_the_plan_exact():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, *TOOLS, i]) for i in (1, 2)]
+    tracker = StructureTracker()
+    before = observe(scheduler, reqs, tracker)
+    scheduler.serve([*SYSTEM[:20], 999])  # splits the node of SYSTEM at 20
+    after = observe(scheduler, reqs, tracker)
+    assert after is before
+    assert_exact(scheduler, after)
+    joined = observe(scheduler, [*reqs, scheduler.serve([*SYSTEM[:20], 998])], tracker)
+    assert joined.version != before.version
+    assert_exact(scheduler, joined)
+    assert row_depths(joined)[0][2] == 20
+
+
+def test_eviction_leaves_running_rows_alone():
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    scheduler = MiniScheduler()
+    for i in range(8):
+        scheduler.finish(scheduler.serve([*SYSTEM, 500 + i, 1, 2, 3]))
+    reqs = [scheduler.serve([*SYSTEM, *TOOLS, i]) for i in (1, 2)]
+    tracker = StructureTracker()
+    before = observe(scheduler, reqs, tracker)
+    assert scheduler.tree.evict(EvictParams(num_tokens=1 << 20)).num_tokens_evicted == 32
+    assert observe(scheduler, reqs, tracker) is before
+    assert_exact(scheduler, before)
+    fresh = observe(scheduler, reqs)
+    assert_exact(scheduler, fresh)
+    assert row_depths(fresh)[0][1] == 70
+
+
+def test_abort_takes_the_row_out():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
+    tracker = StructureTracker()
+    before = observe(scheduler, reqs, tracker)
+    scheduler.finish(reqs[1])
+    left = [reqs[0], reqs[2]]
+    after = observe(scheduler, left, tracker)
+    assert after.version != before.version and len(after.reqs) == 2
+    assert_exact(scheduler, after)
+
+
+def test_retraction_and_return():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
+    tracker = StructureTracker()
+    observe(scheduler, reqs, tracker)
+    scheduler.retract(reqs[2])
+    assert_exact(scheduler, observe(scheduler, reqs[:2], tracker))
+    scheduler.publish(scheduler.admit(reqs[2]))
+    back = observe(scheduler, list(reqs), tracker)
+    assert_exact(scheduler, back)
+    assert row_depths(back)[0][2] == 40
+
+
+def test_retract_all_and_resume_is_a_new_signature():
+    """Same requests, same order, even the same pool rows and nodes: the plan must not survive."""
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
+    tracker = StructureTracker()
+    before = observe(scheduler, reqs, tracker)
+    for req in reqs:
+        scheduler.retract(req)
+    for req in reqs:
+        scheduler.publish(scheduler.admit(req))
+    after = observe(scheduler, list(reqs), tracker)
+    assert after.version != before.version
+    assert_exact(scheduler, after)
+
+
+def test_lora_namespaces_never_share():
+    scheduler = MiniScheduler()
+    keys = ["lora-a", "lora-b", None, "lora-a"]
+    reqs = [scheduler.serve([*SYSTEM, i], key) for i, key in enumerate(keys)]
+    structure = observe(scheduler, reqs)
+    assert_exact(scheduler, structure)
+    depths = row_depths(structure)
+    assert depths[0][3] == 40 and depths[0][1] == depths[0][2] == depths[1][2] == 0
+
+
+def test_disabled_radix_cache():
+    scheduler = MiniScheduler(disable=True)
+    structure = observe(scheduler, [scheduler.serve([*SYSTEM, i]) for i in range(2)])
+    assert structure.forest is None and structure.no_sharing == "radix cache is off"
+    assert_exact(scheduler, structure)
+
+
+def test_chunk_cache():
+    from sglang.srt.mem_cache.chunk_cache import ChunkCache
+
+    scheduler = MiniScheduler(make_tree=ChunkCache)
+    structure = observe(scheduler, [scheduler.serve([*SYSTEM, i]) for i in range(2)])
+    assert structure.forest is None and structure.no_sharing == "radix cache is off"
+
+
+def test_unified_tree_with_node_ids():
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    scheduler = MiniScheduler(make_tree=UnifiedRadixCache, tree_components=(ComponentType.FULL,))
+    reqs = [scheduler.serve([*SYSTEM, *TOOLS, i]) for i in range(2)]
+    reqs.append(scheduler.serve([*SYSTEM, 1]))
+    assert all(type(req.last_node) is int for req in reqs)
+    structure = observe(scheduler, reqs)
+    assert_exact(scheduler, structure)
+    assert row_depths(structure)[0][1] == 70
+
+
+def test_page_size_16_shares_whole_pages():
+    scheduler = MiniScheduler(page_size=16)
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
+    structure = observe(scheduler, reqs)
+    assert_exact(scheduler, structure)
+    assert row_depths(structure)[0][1] == 32
+
+
+class RustCore:
+    """collect_path_info as both tree cores of 0.5.22+ have it; no node objects."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def collect_path_info(self, ids):
+        return tuple(
+            tuple(
+                SimpleNamespace(node_id=node, path_start=begin, path_end=end)
+                for node, begin, end in self.paths[i]
+            )
+            for i in ids
+        )
+
+
+def fake_batch(tree, nodes, lens):
+    reqs = [
+        SimpleNamespace(last_node=n, kv=SimpleNamespace(req_pool_idx=i))
+        for i, n in enumerate(nodes)
+    ]
+    return SimpleNamespace(reqs=reqs, tree_cache=tree, seq_lens_cpu=torch.tensor(lens))
+
+
+def test_rust_core_paths():
+    core = RustCore(
+        {5: [(2, 0, 10), (5, 10, 30)], 6: [(2, 0, 10), (6, 10, 12)], 2: [(2, 0, 10)], 1: []}
+    )
+    tree = SimpleNamespace(tree_core=core, disable=False)
+    structure = StructureTracker().observe(fake_batch(tree, [5, 6, 2, 1, 5], [40, 13, 11, 9, 31]))
+    depths = row_depths(structure)
+    assert depths[0][1] == 10 and depths[0][4] == 30 and depths[1][2] == 10
+    assert structure.leaf_of_row[3] == -1
+
+
+def test_stale_node_ids_cost_sharing_not_the_server(caplog):
+    tree = SimpleNamespace(tree_core=RustCore({}), disable=False)
+    tracker = StructureTracker()
+    for _ in range(2):
+        structure = tracker.observe(fake_batch(tree, [3, 3], [5, 5]))
+        tracker.drop()
+    assert structure.forest is None and structure.no_sharing == "tree lookup failed: KeyError"
+    assert len(caplog.records) == 1
+
+
+def test_stale_node_ids_are_an_error_when_strict(monkeypatch):
+    monkeypatch.setenv("PAT_SGLANG_STRICT", "1")
+    tree = SimpleNamespace(tree_core=RustCore({}), disable=False)
+    with pytest.raises(KeyError):
+        StructureTracker().observe(fake_batch(tree, [3, 3], [5, 5]))
+
+
+def test_opaque_handles_share_nothing():
+    class Handle:
+        pass
+
+    handle = Handle()
+    tree = SimpleNamespace(disable=False)
+    structure = StructureTracker().observe(fake_batch(tree, [handle, handle], [5, 5]))
+    assert structure.forest is None
+    assert structure.no_sharing == "nodes of type Handle are opaque"
+
+
+def test_streaming_session_is_looked_through():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
+    reqs.append(scheduler.serve([*SYSTEM, 9]))
+    batch = scheduler.decode(reqs)
+    batch.tree_cache = SimpleNamespace(inner=scheduler.tree)
+    reqs[2].last_node = type("_VirtualNode", (), {})()
+    structure = StructureTracker().observe(batch)
+    assert row_depths(structure)[0][1] == 40 and structure.leaf_of_row[2] == -1
+
+
+def test_path_is_capped_below_the_sequence_length():
+    top = Node(Node(None, 0), 10)
+    low = Node(top, 5)
+    forest, leaf = shared_forest([low, low, low], np.array([16, 15, 3]))
+    assert leaf.tolist() == [1, 0, -1]  # 15 tokens: the last one is being decoded
+    assert forest.length.tolist() == [10, 5]
+
+
+class Node:
+    def __init__(self, parent, length):
+        self.parent, self.key = parent, range(length)
+
+
+def test_forest_agrees_with_paths_on_random_trees():
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        nodes = [Node(None, 0)]
+        for _ in range(int(rng.integers(1, 40))):
+            nodes.append(Node(nodes[int(rng.integers(len(nodes)))], int(rng.integers(1, 9))))
+        rows = [nodes[int(rng.integers(len(nodes)))] for _ in range(int(rng.integers(1, 20)))]
+        rows = [None if rng.random() < 0.1 else node for node in rows]
+
+        def depth_of(node):
+            return (
+                0 if node is None or node.parent is None else len(node.key) + depth_of(node.parent)
+            )
+
+        def ancestors(node):
+            return set() if node is None or node.parent is None else {node, *ancestors(node.parent)}
+
+        lens = np.array([depth_of(node) + 1 for node in rows])
+        forest, leaf = shared_forest(rows, lens)
+        structure = SimpleNamespace(reqs=rows, forest=forest, leaf_of_row=leaf)
+        depths = row_depths(structure)
+        for i, a in enumerate(rows):
+            for j, b in enumerate(rows[:i]):
+                common = ancestors(a) & ancestors(b)
+                assert depths[i][j] == max(map(depth_of, common), default=0)
+        if forest is not None:
+            assert all(p < i for i, p in enumerate(forest.parent))
+
+
+# -- signature ------------------------------------------------------------------------------------
+
+
+def test_unchanged_rows_are_the_same_object():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
+    tracker = StructureTracker()
+    first = observe(scheduler, reqs, tracker)
+    assert observe(scheduler, reqs, tracker) is first
+    assert observe(scheduler, list(reqs), tracker) is first  # a new list of the same rows
+
+
+def test_reordered_rows_are_a_change():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
+    tracker = StructureTracker()
+    first = observe(scheduler, reqs, tracker)
+    second = observe(scheduler, reqs[::-1], tracker)
+    assert second.version != first.version and second.reqs == reqs[::-1]
+
+
+@pytest.mark.parametrize("mode", ["MIXED", "EXTEND"])
+def test_another_forward_of_a_row_drops_the_signature(mode):
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
+    feed = StructureFeed()
+    feed.on_forward(scheduler.decode(reqs))
+    first = feed.take(2)
+    new = scheduler.admit(scheduler.request([*SYSTEM, 8, 8, 8]))
+    feed.on_forward(scheduler.batch([new, *reqs], mode))
+    assert feed.take(3) is None  # only decode steps have a structure
+    feed.on_forward(scheduler.decode(reqs))
+    assert feed.take(2).version != first.version
+
+
+def test_a_prefill_of_others_keeps_the_signature():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
+    feed = StructureFeed()
+    feed.on_forward(scheduler.decode(reqs))
+    first = feed.take(2)
+    feed.on_forward(scheduler.batch([scheduler.admit(scheduler.request([1, 2, 3]))], "EXTEND"))
+    feed.on_forward(scheduler.decode(reqs))
+    assert feed.take(2) is first
+
+
+def test_a_structure_is_taken_once_and_only_by_its_own_step():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
+    feed = StructureFeed()
+    feed.on_forward(scheduler.decode(reqs))
+    assert feed.take(2) is not None
+    assert feed.take(2) is None
+    feed.on_forward(scheduler.decode(reqs))
+    assert feed.take(5) is None
+    assert METRICS.get("no_sharing") == 1
+
+
+def test_speculative_decode_is_not_ours():
+    scheduler = MiniScheduler()
+    reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
+    feed = StructureFeed()
+    batch = scheduler.decode(reqs)
+    batch.spec_info = object()
+    feed.on_forward(batch)
+    assert feed.take(2) is None
+    assert METRICS.as_dict()["steps_on_base"] == {"speculative decode": 1}
+
+
+def test_hook_that_never_fires_is_reported(monkeypatch, caplog):
+    feed = StructureFeed()
+    feed.check_fired()
+    feed.check_fired()
+    assert len(caplog.records) == 1 and "never fired" in caplog.text
+    monkeypatch.setenv("PAT_SGLANG_STRICT", "1")
+    with pytest.raises(RuntimeError, match="never fired"):
+        StructureFeed().check_fired()
