@@ -49,12 +49,9 @@ struct PlanFunction {
 
   int64_t operator()(ffi::TensorView parent, ffi::TensorView length, ffi::TensorView leaf_of_row,
                      ffi::TensorView host_lens, ffi::TensorView out) const {
-    const pat::Batch batch{data_of(parent, "parent"),
-                           data_of(length, "length"),
-                           size_of(parent, "parent"),
-                           data_of(leaf_of_row, "leaf_of_row"),
-                           data_of(host_lens, "host_lens"),
-                           size_of(host_lens, "host_lens")};
+    const pat::Batch batch{data_of(parent, "parent"),       data_of(length, "length"),
+                           size_of(parent, "parent"),       data_of(leaf_of_row, "leaf_of_row"),
+                           data_of(host_lens, "host_lens"), size_of(host_lens, "host_lens")};
     if (length.size(0) != parent.size(0)) {
       TVM_FFI_THROW(ValueError) << "parent has " << parent.size(0) << " nodes, length has "
                                 << length.size(0);
@@ -101,15 +98,15 @@ ffi::Array<ffi::Function> create_planner(const ffi::Array<int64_t>& shape,
   pat::CostModel costs{};
   size_t at = 0;
   costs.num_sms = model[at++];
-  for (int64_t* prices : {costs.item_ps, costs.token_ps, costs.reread_ps, costs.solo_item_ps,
-                          costs.solo_token_ps}) {
+  for (int64_t* prices :
+       {costs.item_ps, costs.token_ps, costs.reread_ps, costs.solo_item_ps, costs.solo_token_ps}) {
     for (int32_t k = 0; k < pat::kNumTiles; ++k) prices[k] = model[at++];
   }
   costs.part_ps = model[at];
   try {
     auto failure = std::make_shared<std::string>();
-    auto planner = std::make_shared<pat::Planner>(pat_shape, costs,
-                                                  pat::Capacity{capacity[0], capacity[1]});
+    auto planner =
+        std::make_shared<pat::Planner>(pat_shape, costs, pat::Capacity{capacity[0], capacity[1]});
     return {ffi::Function::FromTyped(PlanFunction{std::move(planner), failure}),
             ffi::Function::FromTyped([failure]() { return ffi::String(*failure); })};
   } catch (const std::invalid_argument& error) {

@@ -97,8 +97,7 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps) {
       if (j + 1 < kNumLevels) {
         for (int32_t v = first_child_[u]; v >= 0; v = next_sibling_[v]) {
           const int64_t extra = cost_[v * kNumLevels + j + 1] - cost_[v * kNumLevels];
-          options[num_options++] = {floor_div(extra, tree[v].num_rows), extra, v,
-                                    tree[v].num_rows};
+          options[num_options++] = {floor_div(extra, tree[v].num_rows), extra, v, tree[v].num_rows};
         }
         if (num_options > 1) {
           std::sort(options, options + num_options, [](const Option& a, const Option& b) {
@@ -128,7 +127,7 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps) {
           }
         }
       };
-      for (; i < num_options; ) {
+      for (; i < num_options;) {
         if (options[i].extra_per_row > own_extra) take_own_rows();
         total += options[i].extra;
         left -= options[i].num_rows;
@@ -274,8 +273,8 @@ std::optional<Packer::Split> Packer::choose_split(const SegmentTree& tree, bool 
       parts += pack_parts;
       items += static_cast<int64_t>(price.num_tiles) * c.num_chunks;
       work_ps += (c.num_chunks - 1) * price.item_ps + pack_parts * part_ps;
-      wall_ps = std::max(wall_ps, model_.solo_item_ps[price.tile] +
-                                      c.chunk * model_.solo_token_ps[price.tile]);
+      wall_ps = std::max(
+          wall_ps, model_.solo_item_ps[price.tile] + c.chunk * model_.solo_token_ps[price.tile]);
     }
     int64_t tail_parts = 0, tail_chunks = 0, tail_chunk = 0;
     for (int32_t row = 0; row < num_rows; ++row) {
@@ -289,8 +288,8 @@ std::optional<Packer::Split> Packer::choose_split(const SegmentTree& tree, bool 
       parts += tail_parts;
       items += tail_chunks * one.num_tiles;
       work_ps += (tail_chunks - num_rows) * one.item_ps + tail_parts * part_ps;
-      wall_ps = std::max(wall_ps, model_.solo_item_ps[one.tile] +
-                                      tail_chunk * model_.solo_token_ps[one.tile]);
+      wall_ps = std::max(
+          wall_ps, model_.solo_item_ps[one.tile] + tail_chunk * model_.solo_token_ps[one.tile]);
     }
     if (parts > shape_.max_parts || items > shape_.max_items) break;
     const int64_t balanced_ps = mul_div(work_ps, shape_.num_kv_heads, model_.num_sms);
@@ -341,8 +340,7 @@ const Packing& Packer::pack(const SegmentTree& tree) {
   }
   packing_.sharing = chosen.has_value();
   if (shape_.sharing != Sharing::kOn || !chosen) {
-    const auto alone =
-        choose_split(tree, false, chosen ? chosen->predicted_ps : INT64_MAX);
+    const auto alone = choose_split(tree, false, chosen ? chosen->predicted_ps : INT64_MAX);
     if (alone && (!chosen || alone->predicted_ps <= chosen->predicted_ps)) {
       chosen = alone;
       packing_.sharing = false;

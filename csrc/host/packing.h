@@ -32,8 +32,8 @@ struct Packing {
 
   Scratch<SharedPack> shared;
   int32_t num_shared = 0;
-  Scratch<int32_t> rows;  // rows of all shared packs, ascending in each
-  Scratch<int32_t> tail_start;  // [rows] where each row's own pack starts
+  Scratch<int32_t> rows;               // rows of all shared packs, ascending in each
+  Scratch<int32_t> tail_start;         // [rows] where each row's own pack starts
   Scratch<int32_t> chunk, num_chunks;  // [num_shared + rows]
 
   int32_t horizon = 0;

@@ -257,8 +257,7 @@ int64_t Planner::plan(const Batch& batch, int32_t* out, int64_t out_words) {
   out[kHeaderSplits] = static_cast<int32_t>(num_splits);
   out[kHeaderPlannedTokens] = static_cast<int32_t>(std::min(planned_tokens_, kWordMax));
   out[kHeaderSharedPacks] = packing.num_shared;
-  out[kHeaderPredictedNs] =
-      static_cast<int32_t>(std::min(packing.predicted_ps / 1000, kWordMax));
+  out[kHeaderPredictedNs] = static_cast<int32_t>(std::min(packing.predicted_ps / 1000, kWordMax));
 
   for (int64_t i = 0; i < num_items; ++i) {
     const Item& item = items_[created_of(keys_[i])];
