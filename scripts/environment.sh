@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # Sourced by test.sh and quickstart.sh from the repository root: the Python environment they share.
 #
 #   pat_environment DEV   makes or reuses it and sets PYTHON and PAT_MODE; DEV=dev adds test tools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the quick start asks: one long system prompt, four groups of four questions."""
 
 from __future__ import annotations

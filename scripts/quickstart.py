@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Serve SmolLM2 with PAT and with the base backend, ask both the same, compare (quickstart.sh).
 
 The requests form a tree on purpose: all 16 share a system prompt, groups of four also share the

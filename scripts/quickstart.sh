@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # From a fresh clone to a verdict: environment, SGLang, SmolLM2-135M-Instruct, a server with
 # `--attention-backend pat`, 16 requests that share a system prompt, and the same on the base backend.
 #

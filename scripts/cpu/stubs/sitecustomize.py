@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Lets SGLang import on a machine without a GPU.
 
 SGLang imports triton, torchvision and datasets at module level, also when it serves text from the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stands for SGLang's kernel package, which PyPI has for CUDA only.
 
 The torch_native backend calls none of its operators, but SGLang imports them by name. Any name can
