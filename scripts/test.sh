@@ -121,7 +121,8 @@ for name in ${asked:-lint types cpu nvcc gpu}; do
       if pat_has_gpu; then
         tier "GPU tests" run_pytest 1200 "gpu and not slow"
       else
-        absent "GPU tests" "nvidia-smi finds no GPU ($(git grep -l 'mark\.gpu' -- tests | wc -l) test files wait for one)"
+        waiting=$("$PYTHON" -m pytest tests --collect-only -q -m "gpu and not slow" 2>&1 | tail -1)
+        absent "GPU tests" "nvidia-smi finds no GPU (waiting for one: $waiting)"
       fi
       ;;
     *) echo "unknown tier $name (lint types cpu nvcc gpu format)" >&2; exit 2 ;;
