@@ -64,7 +64,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the working tree; on a machine without .git the lead passes PAT_COMMIT."""
+    """The commit of the working tree; PAT_COMMIT on a machine that has no .git."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -199,7 +199,7 @@ class Rig:
             pat_decode(self.q[:padded], self.k, self.v, plan, sm_scale=self.sm_scale, out=out)
             return out
 
-        if self.device == "cpu":
+        if self.device == "cpu" or self.options.sanitize:  # the sanitizer is slow enough eagerly
             return call().clone()
         if padded not in self.graphs:
             self.graphs[padded] = common.capture(call)[0]

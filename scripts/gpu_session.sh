@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# The GPU scripts on a lent machine that has torch, nvcc and nothing of ours, and no network.
+#
+# Here, before (needs no GPU; again after every change of csrc/):
+#   bash scripts/gpu_session.sh local        fills .carry/: PAT's kernels, FlashInfer's modules, tvm-ffi, the commit
+#   bash ../shared/gpu/make_bundle.sh .gpu-bundle          SGLang and the model in parts of 58 MiB
+#
+# There, one `run` after the other without a pause (the machine is given back after 30 idle seconds;
+# a call carries 64 MiB, and what was carried earlier is kept by `part`):
+#   1. kernels alone need no bundle: one call
+#        carry [".carry"]                           bash scripts/gpu_session.sh kernels --budget-s 200
+#        carry [".carry"]                           bash scripts/gpu_session.sh sanitize
+#   2. peers and servers need the site parts
+#        carry [".gpu-bundle/site.00"]              bash scripts/gpu_session.sh part      (01 to 04 likewise)
+#        carry [".carry", ".gpu-bundle/site.05", ".gpu-bundle/unpack_bundle.sh",
+#               ".gpu-bundle/zstandard-0.25.0-cp312-cp312-manylinux2014_x86_64.manylinux_2_17_x86_64.whl"]
+#                                                   bash scripts/gpu_session.sh unpack
+#        carry [".carry"]                           bash scripts/gpu_session.sh bench --budget-s 300
+#   3. the model: model.00 and model.01 as parts (with `part`), then
+#        carry [".carry"]                           bash scripts/gpu_session.sh unpack
+#        carry [".carry"]                           bash scripts/gpu_session.sh serving
+#
+# Whatever follows a subcommand goes to its Python script. Results land in results/ there and in $OUT,
+# which comes back: copy them to results/ here.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repo=$PWD
+gpu=${PAT_GPU_HOME:-/root/gpu}
+parts=$gpu/parts
+
+local_() {
+  local python=${PYTHON:-/root/venv/bin/python} wheels=${BUNDLE_WORK:-$HOME/.cache/gpu-bundle}/wheels
+  mkdir -p .carry
+  git rev-parse --short=12 HEAD > .carry/commit
+  rm -rf .carry/site
+  "$python" -m zipfile -e "$wheels"/apache_tvm_ffi-*.whl .carry/site
+  CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} PAT_SGLANG_CACHE_DIR=$repo/.carry/jit nice "$python" - <<'P'
+import time
+
+from pat_sglang import jit
+
+keep = {jit.build_host().parent}
+for path in (None, "sm80"):
+    for dtype in jit.SUPPORTED_DTYPES:
+        for head_dim in jit.SUPPORTED_HEAD_DIMS:
+            begin = time.time()
+            keep.add(jit.build("9.0a", dtype, head_dim, path).parent)
+            print(f"9.0a {dtype} d{head_dim} {path or 'sm90'}: {time.time() - begin:.0f} s", flush=True)
+cache = next(iter(keep)).parent
+for folder in cache.iterdir():  # kernels of earlier sources are not carried
+    if folder.is_dir() and folder not in keep:
+        __import__("shutil").rmtree(folder)
+P
+  PYTHON=$python bash scripts/build_peers.sh .carry/flashinfer_aot
+  du -sh .carry
+}
+
+# Parts of the bundle survive here; the folder they are carried in is replaced by the next call.
+part() {
+  mkdir -p "$parts"
+  [ -d .gpu-bundle ] && find .gpu-bundle -maxdepth 1 -type f -exec cp -u -t "$parts" {} +
+  ls -la "$parts"
+}
+
+unpack() {
+  part >/dev/null
+  meta
+  local have
+  have=$(ls "$parts")
+  if [[ $have == *model.01* ]]; then
+    bash "$parts/unpack_bundle.sh" "$parts" "$gpu"
+  else # site alone: an empty model file would be made into a broken folder
+    mkdir -p "$gpu/smollm2" && touch "$gpu/smollm2/model.safetensors"
+    bash "$parts/unpack_bundle.sh" "$parts" "$gpu"
+    rm -r "$gpu/smollm2"
+  fi
+  du -sh "$gpu"/*
+}
+
+# Package metadata: with it on PYTHONPATH, SGLang finds the entry point `pat` without an installation;
+# and FlashInfer takes the carried modules for those of its own flashinfer-jit-cache package.
+meta() {
+  mkdir -p "$gpu/meta/flashinfer_jit_cache"
+  cat > "$gpu/meta/flashinfer_jit_cache/__init__.py" <<P
+__version__ = "0.6.15.post1"
+
+
+def get_jit_cache_dir() -> str:
+    return "$repo/.carry/flashinfer_aot"
+P
+  python3 - "$gpu/plugin" <<'P'
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+folder = Path(sys.argv[1]) / f"pat_sglang-{project['version']}.dist-info"
+folder.mkdir(parents=True, exist_ok=True)
+head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+(folder / "METADATA").write_text(head)
+lines = []
+for group, entries in project["entry-points"].items():
+    lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+(folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
+P
+}
+
+environment() {
+  meta
+  local site=$gpu/site
+  [ -e "$site/.done" ] || site=$repo/.carry/site
+  export PYTHONPATH=$repo:$gpu/meta:$site PYTHONUNBUFFERED=1
+  export PAT_PLUGIN_META=$gpu/plugin PAT_SGLANG_CACHE_DIR=$repo/.carry/jit
+  export PAT_COMMIT=${PAT_COMMIT:-$(cat .carry/commit 2>/dev/null || echo unknown)}
+  log=${OUT:-/tmp}/${1}.log
+}
+
+kernels() {
+  environment kernels
+  python3 scripts/gpu_kernel_check.py "$@" 2>&1 | tee "$log"
+}
+
+# Memory of its own for every tensor, so that an access beyond one is seen; only PAT's kernels are
+# instrumented, torch's would take minutes.
+sanitize() {
+  environment sanitize
+  local tool status=0
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in ${PAT_SANITIZERS:-memcheck racecheck synccheck}; do
+    echo "== $tool"
+    timeout "${PAT_SANITIZE_S:-150}" compute-sanitizer --tool "$tool" --kernel-regex kns=pat --error-exitcode 9 \
+      --print-limit 20 python3 scripts/gpu_kernel_check.py --sanitize "$@" 2>&1 | tee -a "$log" || status=$?
+  done
+  return $status
+}
+
+bench() {
+  environment bench
+  python3 scripts/bench_decode.py "$@" 2>&1 | tee "$log"
+}
+
+serving() {
+  environment serving
+  python3 scripts/gpu_serving_check.py --model "$gpu/smollm2" "$@" 2>&1 | tee "$log"
+}
+
+command=${1:?local, part, unpack, kernels, sanitize, bench or serving}
+shift
+case $command in
+  local) local_ ;;
+  part | unpack | kernels | sanitize | bench | serving) "$command" "$@" ;;
+  *) echo "unknown subcommand $command" >&2; exit 2 ;;
+esac
