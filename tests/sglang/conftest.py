@@ -8,8 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
+
+torch.set_num_threads(1)  # two threads on a shared machine wait for each other at every barrier
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

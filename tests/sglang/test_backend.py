@@ -1,0 +1,640 @@
+# SPDX-License-Identifier: MIT
+"""The PAT backend on a base backend: real pools, layers and tree, a fake model runner."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scheduling import POOL, MiniScheduler
+
+from pat_sglang import reference
+from pat_sglang.metrics import METRICS
+from pat_sglang.plugin import builder
+from pat_sglang.plugin.feed import on_init_new
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
+SYSTEM = list(range(100, 140))
+
+
+class Fixture:
+    """A runner with two attention layers, its scheduler, a PAT backend and an untouched base."""
+
+    def __init__(self, make_base=None, **layer_options):
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+        from sglang.srt.layers.radix_attention import RadixAttention
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        make_base = make_base or TorchNativeAttnBackend
+        self.scheduler = MiniScheduler()
+        options = {"head_dim": HEAD_DIM, "scaling": HEAD_DIM**-0.5, "num_kv_heads": KV_HEADS}
+        self.layers = [
+            RadixAttention(num_heads=HEADS, layer_id=i, **{**options, **layer_options})
+            for i in range(2)
+        ]
+        self.pool = MHATokenToKVPool(
+            POOL, 1, torch.float32, KV_HEADS, HEAD_DIM, 2, "cpu", enable_memory_saver=False
+        )
+        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
+            buffer.fill_(torch.nan)  # a slot nobody wrote must never be read
+            buffer[0] = 0
+        self.runner = SimpleNamespace(
+            server_args=SimpleNamespace(
+                _pat={"asked_by": "test"}, get_attention_backends=lambda: ("torch_native",) * 2
+            ),
+            is_draft_worker=False,
+            use_mla_backend=False,
+            device="cpu",
+            model_config=SimpleNamespace(is_encoder_decoder=False),
+            model=torch.nn.ModuleList(self.layers),
+            req_to_token_pool=self.scheduler.pool,
+            token_to_kv_pool=self.pool,
+            token_to_kv_pool_allocator=self.scheduler.allocator,
+        )
+        self.base = make_base(self.runner)
+        self.backend = builder.wrap("torch_native", make_base)(self.runner)
+
+    @property
+    def active(self) -> bool:
+        return hasattr(self.backend, "_pat")
+
+    def forward_batch(self, batch, padded_rows=None):
+        """What the runner hands to the backend; padding as the decode graph runner pads."""
+        rows = len(batch.reqs)
+        padded = padded_rows or rows
+        fill = padded - rows
+
+        def pad(values, value):
+            return torch.tensor([*values, *([value] * fill)], dtype=torch.int64)
+
+        lens = pad(batch.seq_lens_cpu.tolist(), 1)
+        out_loc = [int(self.scheduler.slots(req)[-1]) for req in batch.reqs]
+        view = SimpleNamespace(
+            batch_size=padded,
+            forward_mode=batch.forward_mode,
+            spec_info=None,
+            encoder_lens=None,
+            req_pool_indices=pad([req.req_pool_idx for req in batch.reqs], 0),
+            seq_lens=lens,
+            seq_lens_cpu=lens.clone(),
+            out_cache_loc=pad(out_loc, 0),
+        )
+        if padded_rows is None:
+            view.rids = [req.rid for req in batch.reqs]
+        else:
+            view.num_padding = fill
+        return view
+
+    def prefill(self, req):
+        """K and V of a request's prompt, as its forward would have written them."""
+        slots = torch.from_numpy(self.scheduler.slots(req)).long()
+        empty = slots[torch.isnan(self.pool.k_buffer[0][slots][:, 0, 0])]
+        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
+            buffer[empty] = torch.randn(empty.numel(), KV_HEADS, HEAD_DIM)
+
+    def decode(self, batch, padded_rows=None, replay=False):
+        """One decode step through PAT, each layer compared with base and reference."""
+        on_init_new(None, None, batch, self.runner)
+        view = self.forward_batch(batch, padded_rows)
+        if replay:
+            self.backend.init_forward_metadata_out_graph(view)
+        else:
+            self.backend.init_forward_metadata(view)
+        self.base.init_forward_metadata(view)
+        return [self.compare(layer, view, len(batch.reqs)) for layer in self.layers]
+
+    def compare(self, layer, view, rows):
+        q = torch.randn(view.batch_size, HEADS * HEAD_DIM)
+        k, v = (torch.randn(view.batch_size, KV_HEADS, HEAD_DIM) for _ in range(2))
+        out = self.backend.forward_decode(q.clone(), k.clone(), v.clone(), layer, view)
+        written = [b.clone() for b in self.pool.get_kv_buffer(layer.layer_id)]
+        expected = self.base.forward_decode(q.clone(), k.clone(), v.clone(), layer, view)
+        for mine, base in zip(written, self.pool.get_kv_buffer(layer.layer_id), strict=True):
+            assert torch.equal(mine.nan_to_num(7.0), base.nan_to_num(7.0))
+        assert out.shape == expected.shape and out.dtype == expected.dtype
+        torch.testing.assert_close(out[:rows], expected[:rows], rtol=1e-4, atol=1e-5)
+        oracle = reference.attention(
+            q.view(-1, HEADS, HEAD_DIM)[:rows],
+            *self.pool.get_kv_buffer(layer.layer_id),
+            self.scheduler.pool.req_to_token,
+            view.req_pool_indices,
+            view.seq_lens,
+            layer.scaling,
+        )
+        torch.testing.assert_close(out[:rows], oracle.flatten(1), rtol=1e-4, atol=1e-5)
+        return out
+
+    def serve(self, tokens):
+        req = self.scheduler.admit(self.scheduler.request(tokens))
+        on_init_new(None, None, self.scheduler.batch([req], "EXTEND"), self.runner)
+        self.prefill(req)
+        return self.scheduler.publish(req)
+
+
+@pytest.fixture
+def fixture(monkeypatch):
+    monkeypatch.setenv("PAT_SGLANG_VALIDATE", "1")
+    made = Fixture()
+    assert made.active
+    return made
+
+
+def counts(*names):
+    values = METRICS.as_dict()
+    return tuple(values[name] for name in names)
+
+
+# -- decode ---------------------------------------------------------------------------------------
+
+
+def test_the_instance_is_still_the_base(fixture):
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    assert isinstance(fixture.backend, TorchNativeAttnBackend)
+    assert type(fixture.backend).__name__ == "PatTorchNativeAttnBackend"
+    assert fixture.backend.support_triton() is False
+    assert type(fixture.base) is TorchNativeAttnBackend
+
+
+def test_steps_share_and_are_kept(fixture):
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(4)]
+    for _ in range(5):
+        fixture.decode(fixture.scheduler.decode(reqs))
+    assert counts("plans_made", "plans_kept") == (1, 4)
+    shared, planned, unshared = counts("shared_segments", "planned_kv_tokens", "unshared_kv_tokens")
+    assert shared >= 5 and planned < unshared
+    assert counts("no_sharing", "layers_on_base", "steps_on_base") == ({}, {}, {})
+
+
+def test_mixed_step_between_equal_decode_batches(fixture):
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    fixture.decode(fixture.scheduler.decode(reqs))
+    mixed = fixture.scheduler.decode(reqs)  # the rows advance by one token outside of PAT
+    for req in reqs:
+        fixture.prefill(req)
+    mixed.forward_mode = type(mixed.forward_mode)["MIXED"]
+    on_init_new(None, None, mixed, fixture.runner)
+    fixture.decode(fixture.scheduler.decode(reqs))
+    assert counts("plans_made", "plans_kept") == (2, 0)
+
+
+def test_retract_all_and_resume(fixture):
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    fixture.decode(fixture.scheduler.decode(reqs))
+    for req in reqs:
+        fixture.scheduler.retract(req)
+    for buffer in (*fixture.pool.k_buffer, *fixture.pool.v_buffer):
+        buffer[1:] = torch.nan
+    for req in reversed(reqs):
+        fixture.scheduler.admit(req)
+        fixture.prefill(req)
+        fixture.scheduler.publish(req)
+    fixture.decode(fixture.scheduler.decode(reqs))
+    assert counts("plans_made", "plans_kept") == (2, 0)
+
+
+def test_tail_that_starts_at_length_zero(fixture):
+    reqs = [fixture.serve(SYSTEM) for _ in range(3)]  # nothing private but the decoded tokens
+    for _ in range(3):
+        fixture.decode(fixture.scheduler.decode(reqs))
+    assert counts("plans_kept") == (2,)
+
+
+def test_random_serving(fixture):
+    """Arrivals, ends, retractions, reorderings and mixed steps; validated plans, equal outputs."""
+    chance = random.Random(3)
+    prompts = [SYSTEM, [*SYSTEM, *range(300, 320)], list(range(500, 530))]
+    running = []
+    for step in range(80):
+        if len(running) < 10 and chance.random() < 0.4:
+            tail = [chance.randrange(1000) for _ in range(chance.randrange(12))]
+            running = [*running, fixture.serve([*chance.choice(prompts), *tail])]
+        if running and chance.random() < 0.15:
+            victim = chance.choice(running)
+            running = [req for req in running if req is not victim]
+            if chance.random() < 0.5:
+                fixture.scheduler.finish(victim)
+            else:
+                fixture.scheduler.retract(victim)
+                fixture.scheduler.admit(victim)
+                fixture.prefill(victim)
+                running = [*running, fixture.scheduler.publish(victim)]
+        if chance.random() < 0.1:
+            running = chance.sample(running, len(running))
+        if running:
+            batch = fixture.scheduler.decode(running, token=step)
+            padded = chance.choice([None, len(running), len(running) + 3])
+            fixture.decode(batch, padded_rows=padded, replay=padded is not None)
+    made, kept = counts("plans_made", "plans_kept")
+    assert made > 15 and kept > 5
+    assert counts("no_sharing") == ({},)
+
+
+# -- graph life cycle -----------------------------------------------------------------------------
+
+
+def graph_base(calls, **extra):
+    """A base with the CUDA graph methods of the real ones, recording what it is asked for."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    class GraphBase(TorchNativeAttnBackend):
+        def init_cuda_graph_state(self, max_bs, max_num_tokens):
+            calls.append(("state", max_bs))
+
+        def init_forward_metadata(self, forward_batch):
+            calls.append("eager")
+            super().init_forward_metadata(forward_batch)
+
+        def init_forward_metadata_out_graph(self, forward_batch, in_capture=False):
+            calls.append("capture" if in_capture else "replay")
+
+        def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None):
+            calls.append("base layer")
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+
+    return GraphBase
+
+
+def capture(fixture, calls, rows=4):
+    """What the decode graph runner does for one batch size."""
+    view = SimpleNamespace(
+        batch_size=rows,
+        forward_mode=fixture.scheduler.batch([], "DECODE").forward_mode,
+        spec_info=None,
+        encoder_lens=None,
+        req_pool_indices=torch.zeros(rows, dtype=torch.int64),
+        seq_lens=torch.ones(rows, dtype=torch.int64),
+        seq_lens_cpu=torch.ones(rows, dtype=torch.int64),
+        out_cache_loc=torch.zeros(rows, dtype=torch.int64),
+    )
+    fixture.backend.init_cuda_graph_state(rows, rows)
+    fixture.backend.init_forward_metadata_out_graph(view, in_capture=True)
+    for layer in fixture.layers:
+        q = torch.randn(rows, HEADS * HEAD_DIM)
+        kv = torch.randn(rows, KV_HEADS, HEAD_DIM)
+        assert fixture.backend.forward_decode(q, kv, kv.clone(), layer, view).isfinite().all()
+
+
+def test_base_metadata_is_skipped_at_replay_once_capture_has_shown_no_need():
+    calls = []
+    fixture = Fixture(graph_base(calls))
+    capture(fixture, calls)
+    assert calls == [("state", 4), "capture"]
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    calls.clear()
+    outs = fixture.decode(fixture.scheduler.decode(reqs), padded_rows=4, replay=True)
+    # "eager" and "base layer" are of the untouched base that the output is compared with.
+    assert calls == ["eager", "base layer", "base layer"]
+    assert all(torch.equal(out[3:], torch.zeros_like(out[3:])) for out in outs)
+    assert counts("plans_made", "dummy_plans") == (1, 1)
+
+
+def test_base_metadata_is_prepared_at_replay_without_a_capture():
+    calls = []
+    fixture = Fixture(graph_base(calls))
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    fixture.decode(fixture.scheduler.decode(reqs), padded_rows=4, replay=True)
+    assert calls[0] == "replay"
+
+
+def test_base_metadata_is_prepared_at_replay_when_a_captured_layer_needs_it():
+    calls = []
+    fixture = Fixture(graph_base(calls))
+    fixture.layers[1].logit_cap = 30.0
+    capture(fixture, calls)
+    assert calls == [("state", 4), "capture", "base layer"]
+    calls.clear()
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    fixture.decode(fixture.scheduler.decode(reqs), padded_rows=4, replay=True)
+    assert calls[0] == "replay"
+    assert counts("layers_on_base") == ({"logit soft cap": 1},)
+
+
+def test_base_metadata_is_prepared_late_in_eager_mode():
+    calls = []
+    fixture = Fixture(graph_base(calls))
+    fixture.layers[1].sliding_window_size = 8
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    batch = fixture.scheduler.decode(reqs)
+    on_init_new(None, None, batch, fixture.runner)
+    view = fixture.forward_batch(batch)
+    fixture.backend.init_forward_metadata(view)
+    assert calls == []
+    q, kv = torch.randn(3, HEADS * HEAD_DIM), torch.randn(3, KV_HEADS, HEAD_DIM)
+    fixture.backend.forward_decode(q, kv, kv.clone(), fixture.layers[0], view)
+    assert calls == []
+    fixture.backend.forward_decode(q, kv, kv.clone(), fixture.layers[1], view)
+    assert calls == ["eager", "base layer"]
+    fixture.backend.init_forward_metadata(view)
+    assert calls[2:] == ["eager"]  # from now on in time
+
+
+def test_idle_replay_of_a_padding_only_batch():
+    fixture = Fixture(graph_base([]))
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(4)]
+    fixture.decode(fixture.scheduler.decode(reqs))
+    idle = fixture.scheduler.batch([], "IDLE")
+    on_init_new(None, None, idle, fixture.runner)
+    idle.forward_mode = type(idle.forward_mode)["DECODE"]  # the view has the captured mode
+    view = fixture.forward_batch(idle, padded_rows=2)
+    fixture.backend.init_forward_metadata_out_graph(view)
+    q, kv = torch.randn(2, HEADS * HEAD_DIM), torch.zeros(2, KV_HEADS, HEAD_DIM)
+    out = fixture.backend.forward_decode(q, kv, kv.clone(), fixture.layers[0], view)
+    assert torch.equal(out, torch.zeros_like(out))
+    fixture.decode(fixture.scheduler.decode(reqs))
+    assert counts("plans_made") == (2,)
+
+
+def test_dummy_forward_never_sees_an_old_structure(fixture):
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    batch = fixture.scheduler.decode(reqs)
+    on_init_new(None, None, batch, fixture.runner)
+    view = fixture.forward_batch(batch)
+    view.rids = None
+    fixture.backend.init_forward_metadata(view)
+    assert counts("plans_made", "dummy_plans", "shared_segments") == (0, 1, 0)
+
+
+def test_more_graph_rows_than_request_slots():
+    fixture = Fixture(graph_base([]))
+    assert fixture.backend._pat.max_rows == 64
+    capture(fixture, [], rows=100)
+    assert fixture.backend._pat.max_rows == 100
+
+
+def test_a_step_the_hook_missed_is_right_and_reported(fixture, caplog):
+    reqs = [fixture.scheduler.serve([*SYSTEM, i]) for i in range(3)]
+    for req in reqs:
+        fixture.prefill(req)
+    view = fixture.forward_batch(fixture.scheduler.decode(reqs))
+    fixture.backend.init_forward_metadata(view)
+    fixture.base.init_forward_metadata(view)
+    fixture.compare(fixture.layers[0], view, 3)
+    assert "never fired" in caplog.text
+    assert counts("no_sharing") == ({"the hook did not see this step": 1},)
+
+
+# -- layers on the base ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("is_cross_attention", True, "cross attention"),
+        ("sliding_window_size", 16, "sliding window"),
+        ("use_irope", True, "chunked local attention"),
+        ("logit_cap", 50.0, "logit soft cap"),
+        ("xai_temperature_len", 1024, "xai temperature"),
+        ("v_head_dim", 32, "head dims of K and V differ"),
+        ("k_scale", torch.ones(1), "K/V scales"),
+    ],
+)
+def test_layers_pat_does_not_know(name, value, reason):
+    from pat_sglang.plugin import eligibility
+
+    layer = Fixture().layers[0]
+    assert eligibility.layer_reason(layer) is None
+    setattr(layer, name, value)
+    assert eligibility.layer_reason(layer) == reason
+
+
+def test_encoder_only_layers_and_head_dims():
+    from sglang.srt.layers.radix_attention import AttentionType
+
+    from pat_sglang.plugin import eligibility
+
+    layer = Fixture(attn_type=AttentionType.ENCODER_ONLY).layers[0]
+    assert eligibility.layer_reason(layer) == "attention type encoder_only"
+    layer.attn_type = AttentionType.DECODER
+    layer.qk_head_dim = layer.v_head_dim = 96
+    assert eligibility.layer_reason(layer) == "head dim 96"
+
+
+def test_unknown_arguments_go_to_the_base():
+    calls = []
+    fixture = Fixture(graph_base(calls))
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(2)]
+    batch = fixture.scheduler.decode(reqs)
+    on_init_new(None, None, batch, fixture.runner)
+    view = fixture.forward_batch(batch)
+    fixture.backend.init_forward_metadata(view)
+    q, kv = torch.randn(2, HEADS * HEAD_DIM), torch.randn(2, KV_HEADS, HEAD_DIM)
+    layer = fixture.layers[0]
+    fixture.backend.forward_decode(q, kv, kv.clone(), layer, view, sinks=None)
+    assert calls == []
+    fixture.backend.forward_decode(q, kv, kv.clone(), layer, view, sinks=torch.zeros(HEADS))
+    assert calls == ["eager", "base layer"]
+
+
+def test_kv_that_is_not_written():
+    fixture = Fixture()
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(2)]
+    batch = fixture.scheduler.decode(reqs)
+    for req in reqs:
+        fixture.prefill(req)
+    on_init_new(None, None, batch, fixture.runner)
+    view = fixture.forward_batch(batch)
+    fixture.backend.init_forward_metadata(view)
+    q, kv = torch.randn(2, HEADS * HEAD_DIM), torch.randn(2, KV_HEADS, HEAD_DIM)
+    before = fixture.pool.k_buffer[0].clone()
+    fixture.backend.forward_decode(q, kv, kv, fixture.layers[0], view, save_kv_cache=False)
+    fixture.backend.forward_decode(q, None, None, fixture.layers[0], view)
+    assert torch.equal(before.nan_to_num(7.0), fixture.pool.k_buffer[0].nan_to_num(7.0))
+
+
+def test_queries_in_a_strided_view(fixture):
+    """Models split q out of one qkv tensor."""
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    batch = fixture.scheduler.decode(reqs)
+    for req in reqs:
+        fixture.prefill(req)
+    on_init_new(None, None, batch, fixture.runner)
+    view = fixture.forward_batch(batch)
+    fixture.backend.init_forward_metadata(view)
+    wide = torch.randn(3, HEADS * HEAD_DIM + 100)
+    q = wide[:, : HEADS * HEAD_DIM]
+    layer = fixture.layers[0]
+    strided = fixture.backend.forward_decode(q, None, None, layer, view)
+    assert torch.equal(strided, fixture.backend.forward_decode(q.clone(), None, None, layer, view))
+
+
+# -- declined at start ----------------------------------------------------------------------------
+
+
+def declined(fixture, caplog):
+    assert not fixture.active
+    (reason,) = METRICS.as_dict()["declined"]
+    (record,) = [r for r in caplog.records if "not active" in r.message]
+    assert reason in record.message and "\n" not in record.message
+    assert METRICS.as_dict()["active"] == 0
+    return reason
+
+
+def remade(fixture, name="torch_native"):
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    METRICS.reset()
+    fixture.backend = builder.wrap(name, TorchNativeAttnBackend)(fixture.runner)
+    return fixture
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("enable_deterministic_inference", "deterministic inference"),
+        ("enable_two_batch_overlap", "two-batch overlap"),
+        ("enable_pdmux", "PD multiplexing"),
+        ("speculative_algorithm", "speculative decoding"),
+        ("dllm_algorithm", "diffusion LLM"),
+        ("radix_cache_backend", "cannot be read"),
+        ("enable_streaming_session", "streaming sessions"),
+    ],
+)
+def test_server_options(option, reason, caplog):
+    fixture = Fixture()
+    setattr(fixture.runner.server_args, option, "x")
+    assert reason in declined(remade(fixture), caplog)
+
+
+def test_decode_context_parallelism(caplog):
+    fixture = Fixture()
+    fixture.runner.server_args.dcp_size = 2
+    assert declined(remade(fixture), caplog) == "decode context parallelism"
+
+
+def test_mla(caplog):
+    fixture = Fixture()
+    fixture.runner.use_mla_backend = True
+    assert declined(remade(fixture), caplog) == "MLA model"
+
+
+def test_metadata_glue_graph(monkeypatch, caplog):
+    fixture = Fixture()
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    assert "unset it" in declined(remade(fixture), caplog)
+
+
+def test_unknown_pool(caplog):
+    fixture = Fixture()
+    fixture.runner.token_to_kv_pool = type("MHATokenToKVPoolFP4", (), {})()
+    fixture.runner.token_to_kv_pool.dtype = torch.uint8
+    assert "MHATokenToKVPoolFP4" in declined(remade(fixture), caplog)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("dtype", torch.float8_e4m3fn, "KV cache dtype"),
+        ("store_dtype", torch.uint8, "KV cache dtype"),
+        ("use_hnd", True, "KV cache layout"),
+        ("is_quantized_kv_cache", True, "quantised"),
+    ],
+)
+def test_pool_properties(name, value, reason, caplog, monkeypatch):
+    fixture = Fixture()
+    monkeypatch.setattr(type(fixture.pool), name, value, raising=False)  # one is a property
+    vars(fixture.pool).pop(name, None)
+    assert reason in declined(remade(fixture), caplog)
+
+
+def test_workspace_too_small(monkeypatch, caplog):
+    from pat_sglang import DecodePlanner
+
+    def refuse(**options):
+        raise ValueError(f"max_workspace_bytes {options['max_workspace_bytes']} is below 9999")
+
+    fixture = Fixture()
+    monkeypatch.setattr(DecodePlanner, "__init__", lambda self, **options: refuse(**options))
+    reason = declined(remade(fixture), caplog)
+    assert reason == f"ValueError: max_workspace_bytes {256 << 20} is below 9999"
+
+
+def test_no_compiler(monkeypatch, caplog):
+    from pat_sglang import DecodePlanner, jit
+
+    def refuse(self, **options):
+        raise jit.BuildError("no CUDA toolkit found: set CUDA_HOME")
+
+    fixture = Fixture()
+    monkeypatch.setattr(DecodePlanner, "__init__", refuse)
+    assert declined(remade(fixture), caplog) == "BuildError: no CUDA toolkit found: set CUDA_HOME"
+
+
+def test_no_layer_of_the_model(caplog):
+    fixture = Fixture()
+    for layer in fixture.layers:
+        layer.qk_head_dim = layer.v_head_dim = 80
+    assert "(head dim 80)" in declined(remade(fixture), caplog)
+
+
+def test_backend_that_is_no_base(caplog):
+    fixture = Fixture()
+    fixture.runner.server_args.get_attention_backends = lambda: ("aiter", "aiter")
+    assert declined(remade(fixture, "aiter"), caplog).startswith("aiter is no base backend")
+
+
+def test_unsupported_version(monkeypatch, caplog):
+    from pat_sglang.plugin import compat
+
+    fixture = Fixture()
+    monkeypatch.setattr(compat, "sglang_version", lambda: "0.5.12")
+    assert "older than 0.5.13.post1" in declined(remade(fixture), caplog)
+
+
+def test_strict_makes_each_of_them_an_error(monkeypatch):
+    fixture = Fixture()
+    fixture.runner.use_mla_backend = True
+    monkeypatch.setenv("PAT_SGLANG_STRICT", "1")
+    with pytest.raises(builder.StrictError, match="MLA model"):
+        remade(fixture)
+
+
+def test_servers_that_did_not_ask():
+    fixture = Fixture()
+    fixture.runner.server_args._pat = None
+    assert not remade(fixture).active
+    assert METRICS.get("declined") == 0
+
+
+def test_environment_switch_needs_no_flag(monkeypatch):
+    fixture = Fixture()
+    del fixture.runner.server_args._pat
+    monkeypatch.setenv("PAT_SGLANG", "1")
+    assert remade(fixture).active
+
+
+def test_draft_workers_and_prefill_children_are_left_alone():
+    fixture = Fixture()
+    fixture.runner.is_draft_worker = True
+    assert not remade(fixture).active
+    fixture.runner.is_draft_worker = False
+    fixture.runner.server_args.get_attention_backends = lambda: ("torch_native", "triton")
+    assert not remade(fixture).active
+    fixture.runner.server_args.get_attention_backends = lambda: ("triton", "torch_native")
+    assert remade(fixture).active
+
+
+def test_the_literal_name(registered):
+    """ServerArgs made before the plug-ins were loaded keep the name `pat`."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    fixture = Fixture()
+    fixture.runner.server_args = SimpleNamespace(get_attention_backends=lambda: ("pat", "pat"))
+    backend = ATTENTION_BACKENDS["pat"](fixture.runner)
+    assert type(backend).__name__ == "PatTorchNativeAttnBackend"
+
+
+def test_host_lengths_without_a_mirror(fixture):
+    """seq_lens_cpu may be None: the requests know their length, a token or two late."""
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(2)]
+    batch = fixture.scheduler.decode(reqs)
+    on_init_new(None, None, batch, fixture.runner)
+    view = fixture.forward_batch(batch)
+    view.seq_lens_cpu = None
+    fixture.backend.init_forward_metadata(view)
+    fixture.base.init_forward_metadata(view)
+    fixture.compare(fixture.layers[0], view, 2)
+    assert np.array_equal(fixture.backend._pat_host_lens(view, 2, None), [1, 1])
