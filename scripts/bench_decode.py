@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Microseconds per layer of PAT's decode attention and of its peers on the 20 published trees.
 
     python scripts/bench_decode.py                            20 trees, four head layouts, all

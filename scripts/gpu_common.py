@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the GPU scripts share: provenance, limits, result files, graphs, timing, the fp32 oracle.
 
 Imported first by every script beside it: it also puts the repository root on sys.path.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """PAT's kernels against an fp32 oracle on random forests, replayed from CUDA graphs.
 
     python scripts/gpu_kernel_check.py                 320 forests, then growing tails

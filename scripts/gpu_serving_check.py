@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SmolLM2 served by real SGLang with PAT and with its bases, log-probabilities compared.
 
     python scripts/gpu_serving_check.py --model ~/gpu/smollm2              fa3, flashinfer, triton

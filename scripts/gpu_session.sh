@@ -3,6 +3,7 @@
 #
 # Here, before (needs no GPU; again after every change of csrc/):
 #   bash scripts/gpu_session.sh local        fills .carry/: PAT's kernels, FlashInfer's modules, tvm-ffi, the commit
+#                                            (PAT_PATHS="sm90 sm80": the A100 kernels for this GPU too)
 #   bash ../shared/gpu/make_bundle.sh .gpu-bundle          SGLang and the model in parts of 58 MiB
 #
 # There, one `run` after the other without a pause (the machine is given back after 30 idle seconds;
@@ -35,21 +36,23 @@ local_() {
   rm -rf .carry/site
   "$python" -m zipfile -e "$wheels"/apache_tvm_ffi-*.whl .carry/site
   CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} PAT_SGLANG_CACHE_DIR=$repo/.carry/jit nice "$python" - <<'P'
+import os
+import shutil
 import time
 
 from pat_sglang import jit
 
 keep = {jit.build_host().parent}
-for path in (None, "sm80"):
+for path in os.environ.get("PAT_PATHS", "sm90").split():
     for dtype in jit.SUPPORTED_DTYPES:
         for head_dim in jit.SUPPORTED_HEAD_DIMS:
             begin = time.time()
             keep.add(jit.build("9.0a", dtype, head_dim, path).parent)
-            print(f"9.0a {dtype} d{head_dim} {path or 'sm90'}: {time.time() - begin:.0f} s", flush=True)
+            print(f"9.0a {dtype} d{head_dim} {path}: {time.time() - begin:.0f} s", flush=True)
 cache = next(iter(keep)).parent
 for folder in cache.iterdir():  # kernels of earlier sources are not carried
     if folder.is_dir() and folder not in keep:
-        __import__("shutil").rmtree(folder)
+        shutil.rmtree(folder)
 P
   PYTHON=$python bash scripts/build_peers.sh .carry/flashinfer_aot
   du -sh .carry

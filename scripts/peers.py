@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The kernels PAT is compared with, each behind prepare() / plan() / run().
 
 `prepare` allocates and plans, `plan` is the host work of a decode step (once a step, not a layer),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Batches with known sharing for benchmarks and checks: the 20 published trees and random forests.
 
 A `Tree` says which rows share which tokens; a `Layout` puts its tokens into the slots of a paged KV
