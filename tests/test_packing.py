@@ -76,6 +76,25 @@ def test_capacity_holds_and_sharing_never_costs(data: st.DataObject) -> None:
     np.testing.assert_array_equal(words, words_of(batch, setup))
 
 
+@settings(max_examples=150)
+@given(st.data())
+def test_one_slot_less_than_the_best_plan_needs(data: st.DataObject) -> None:
+    batch = data.draw(batches())
+    setup = generous(batch, group=data.draw(st.sampled_from((1, 5, 40))))
+    best = words_of(batch, setup)
+    parts = int(best[layout.H_PARTS])
+    items = int(best[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + 4].sum())
+    for less in ({"max_parts": max(parts - 1, 0)}, {"max_items": max(items - 1, batch.rows)}):
+        shape = Shape(**{**setup.shape.__dict__, **less})
+        words = words_of(batch, Setup(shape, setup.model, setup.capacity))
+        assert words[layout.H_PARTS] <= shape.max_parts
+        assert words[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + 4].sum() <= shape.max_items
+        check_plan(words, batch, shape.group_size)
+        exact = Shape(**{**setup.shape.__dict__, "max_parts": parts, "max_items": items})
+        again = words_of(batch, Setup(exact, setup.model, setup.capacity))
+        np.testing.assert_array_equal(again, best)
+
+
 @pytest.mark.parametrize("parts", [0, 1, 100, 700, 3000])
 @pytest.mark.parametrize("kind", ["tree", "levels"])
 def test_less_workspace_gives_a_coarser_plan(kind: str, parts: int) -> None:
@@ -125,6 +144,16 @@ def test_short_middle_level_is_merged_into_its_neighbours() -> None:
     assert words[layout.H_RUNS] == 9
     assert words[layout.H_SHARED_PACKS] == 1
     assert words[layout.H_PLANNED_TOKENS] == 4096 + 32 * (4600 - 4096)
+    check_plan(words, batch, 4)
+
+
+def test_short_root_is_taken_along_by_the_groups_below() -> None:
+    # 4 tokens of all rows above two groups with 4000 tokens each: each group reads the 4 itself.
+    batch = make_batch([-1, 0, 0], [4, 4000, 4000], [1] * 16 + [2] * 16, [4100] * 32)
+    words = words_of(batch, generous(batch))
+    assert words[layout.H_RUNS] == 3
+    assert words[layout.H_SHARED_PACKS] == 2
+    assert words[layout.H_PLANNED_TOKENS] == 2 * 4004 + 32 * (4100 - 4004)
     check_plan(words, batch, 4)
 
 
