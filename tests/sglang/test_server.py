@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT
+"""The real server on a real model, on the CPU in float32: with PAT and with the plain base.
+
+Both serve the same concurrent requests (two levels of sharing, mixed lengths, chunked and mixed
+prefill, forced retractions, one abort). Greedy tokens must be equal, log-probabilities within 1e-3,
+and the counters of the PAT server must show that shared segments were really packed.
+
+Servers run in their own process group: an SGLang scheduler that dies kills its parent with SIGKILL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S, ANSWER_S = 240, 180  # on an idle machine 20 and 15 are enough
+
+SYSTEM = (
+    "You are the assistant of a public library. Answer in one short sentence, never invent a book, "
+    "and say so when you do not know. Opening hours are nine to six on weekdays and ten to two on "
+    "Saturday; on Sunday the library is closed. A card costs nothing. "
+)
+TOPICS = (
+    "The question is about astronomy, for a reader of twelve years who likes pictures. ",
+    "The question is about cooking. ",
+)
+QUESTIONS = (
+    "What is a comet?",
+    "Why do stars twinkle at night but planets much less, and does it matter where one stands?",
+    "Which book comes first?",
+    "Name three things.",
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request came back with."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    retractions: int
+
+
+def prompts() -> list[tuple[str, int]]:
+    """(text, new tokens): below one system prompt, two topics; two equal prompts; one apart."""
+    made = [
+        (f"{SYSTEM}{topic}{question}", 12 + 5 * i + 3 * j)
+        for j, topic in enumerate(TOPICS)
+        for i, question in enumerate(QUESTIONS)
+    ]
+    return [*made, made[1], (SYSTEM, 8), ("The sea is", 20)]
+
+
+@contextlib.contextmanager
+def server(log: Path, model: Path, *arguments: str, **environment: str):
+    """A running server's base URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "sglang.launch_server", "--model-path", str(model),
+        "--dtype", "float32", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port),
+        "--max-total-tokens", "4096", "--max-running-requests", "16", "--grammar-backend", "none",
+        "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--skip-server-warmup",
+        "--random-seed", "1", *arguments,
+    ]  # fmt: skip
+    settings = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20", **environment}
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **settings},
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            assert process.poll() is None, f"the server died:\n{tail(log)}"
+            assert time.monotonic() < deadline, f"no server after {START_S} s:\n{tail(log)}"
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"{url}/health", timeout=10).status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield url
+        assert process.poll() is None, f"the server died:\n{tail(log)}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+
+
+def tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+
+
+def ask(url: str, text: str, new_tokens: int, rid: str) -> Answer | None:
+    """One greedy answer; None when it was aborted."""
+    body = {
+        "text": text,
+        "rid": rid,
+        "return_logprob": True,
+        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+    }
+    answer = requests.post(f"{url}/generate", json=body, timeout=ANSWER_S).json()
+    meta = answer["meta_info"]
+    if meta["finish_reason"]["type"] == "abort":
+        return None
+    pairs = meta["output_token_logprobs"]
+    return Answer(
+        [token for _, token, _ in pairs], [p for p, _, _ in pairs], meta["num_retractions"]
+    )
+
+
+def serve_all(url: str) -> list[Answer | None]:
+    """All prompts at once, and one long request that is aborted on the way."""
+    work = [*prompts(), (f"{SYSTEM}{TOPICS[0]}Tell everything.", 1000)]
+    abort = threading.Timer(
+        3, lambda: requests.post(f"{url}/abort_request", json={"rid": f"r{len(work) - 1}"})
+    )
+    abort.start()
+    try:
+        with ThreadPoolExecutor(len(work)) as pool:
+            return list(pool.map(lambda i: ask(url, *work[i], f"r{i}"), range(len(work))))
+    finally:
+        abort.join()
+
+
+def state_of(url: str) -> dict[str, Any]:
+    info = requests.get(f"{url}/get_server_info", timeout=30).json()
+    return info["internal_states"][0]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """SmolLM2-135M-Instruct in float32, where the quick start keeps it too."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import smollm2
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    folder = smollm2.CACHE / "SmolLM2-135M-Instruct-float32"
+    smollm2.make(folder, "float32")
+    return folder
+
+
+def test_pat_answers_as_the_base_does(model: Path, tmp_path: Path) -> None:
+    base_log, pat_log = tmp_path / "base.log", tmp_path / "pat.log"
+    with server(base_log, model, "--attention-backend", "torch_native") as url:
+        expected = serve_all(url)
+        assert "pat" not in state_of(url)
+    with server(
+        pat_log, model, "--attention-backend", "pat", PAT_SGLANG_STRICT="1", PAT_SGLANG_VALIDATE="1"
+    ) as url:
+        answers = serve_all(url)
+        state = state_of(url)
+
+    assert answers[-1] is None and expected[-1] is None, "the long request was not aborted"
+    for index, (mine, base) in enumerate(zip(answers[:-1], expected[:-1], strict=True)):
+        assert mine is not None and base is not None, f"request {index} was aborted"
+        assert mine.tokens == base.tokens, f"request {index}"
+        worst = max(abs(a - b) for a, b in zip(mine.logprobs, base.logprobs, strict=True))
+        assert worst < 1e-3, f"request {index}: log-probabilities differ by {worst}"
+    assert sum(answer.retractions for answer in answers[:-1]) > 0, "nothing was retracted"
+
+    pat = state["pat"]
+    print(json.dumps(pat))
+    assert state["attention_backend"] == "torch_native"
+    assert pat["active"] == 1 and pat["base"] == "torch_native"
+    assert pat["shared_segments"] > 0
+    assert 0 < pat["planned_kv_tokens"] < 0.7 * pat["unshared_kv_tokens"]
+    assert pat["plans_made"] > 0 and pat["plans_kept"] > 0
+    for reasons in ("declined", "layers_on_base", "steps_on_base", "no_sharing"):
+        assert pat[reasons] == {}, reasons
+    banners = [
+        line for line in pat_log.read_text().splitlines() if "decode attention by PAT" in line
+    ]
+    assert len(banners) == 1
+
+
+ENGINE = """
+import json, os, sys
+if __name__ == "__main__":
+    import sglang
+    engine = sglang.Engine(model_path=sys.argv[1], dtype="float32", device="cpu",
+        max_total_tokens=2048, max_running_requests=8, grammar_backend="none",
+        **json.loads(sys.argv[2]))
+    prompts = ["The library opens at nine. " * 4 + end for end in ("Why?", "When?", "Who?")]
+    out = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 6})
+    state = engine.get_server_info()["internal_states"][0]["pat"]
+    print("RESULT", json.dumps({"texts": [o["text"] for o in out], "pat": state}), flush=True)
+    engine.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        ({"attention_backend": "pat"}, {}),
+        ({"attention_backend": "torch_native"}, {"PAT_SGLANG": "1"}),
+        ({"attention_backend": "torch_native", "decode_attention_backend": "pat"}, {}),
+        ({"attention_backend": "pat", "disable_overlap_schedule": True}, {}),
+        ({"attention_backend": "pat", "disable_radix_cache": True}, {}),
+    ],
+    ids=["engine", "environment", "decode-backend", "no-overlap", "no-radix"],
+)
+def test_other_ways_in(model: Path, tmp_path: Path, options: dict, environment: dict) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE)
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), json.dumps(options)],
+        env={**os.environ, "PAT_SGLANG_STRICT": "1", "PAT_SGLANG_VALIDATE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        start_new_session=True,
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, done.stderr[-4000:]
+    result = json.loads(results[0].removeprefix("RESULT "))
+    assert result["pat"]["active"] == 1 and result["pat"]["plans_made"] > 0
+    assert (result["pat"]["shared_segments"] > 0) == ("disable_radix_cache" not in options)
+
+
+@pytest.mark.slow
+def test_tools_that_load_no_plugins(model: Path) -> None:
+    """bench_one_batch has no radix tree: PAT runs without sharing."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pat_sglang", "run", "sglang.bench_one_batch",
+            "--model-path", str(model), "--device", "cpu", "--dtype", "float32",
+            "--attention-backend", "pat", "--batch-size", "2", "--input-len", "16",
+            "--output-len", "4", "--max-total-tokens", "2048",
+        ],
+        env={**os.environ, "PAT_SGLANG_VALIDATE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "decode attention by PAT on base torch_native" in done.stdout + done.stderr
