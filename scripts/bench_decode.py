@@ -167,6 +167,7 @@ class Bench:
         self.deadline = time.monotonic() + options.budget_s
         self.planners: dict[Any, Any] = {}
         self.rows: list[Row] = []
+        self.seen: set[str] = set()  # errors whose traceback was printed
         self.flush = torch.empty(
             1 << 20 if self.cpu else common.L2_FLUSH_BYTES, dtype=torch.uint8, device=self.device
         )
@@ -267,8 +268,9 @@ class Bench:
                     trusted = out.float()
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {error}"[:500]
-                if self.options.verbose or name == "pat":
+                if row["error"] not in self.seen and (self.options.verbose or name == "pat"):
                     traceback.print_exc()
+                self.seen.add(row["error"])
                 if "CUDA error" in str(error):  # the context is gone: nothing later would be true
                     self.rows += [*cell, {**row, "limit_us": limit, **self.provenance}]
                     raise

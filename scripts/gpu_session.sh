@@ -49,10 +49,10 @@ for path in os.environ.get("PAT_PATHS", "sm90").split():
             begin = time.time()
             keep.add(jit.build("9.0a", dtype, head_dim, path).parent)
             print(f"9.0a {dtype} d{head_dim} {path}: {time.time() - begin:.0f} s", flush=True)
-cache = next(iter(keep)).parent
-for folder in cache.iterdir():  # kernels of earlier sources are not carried
-    if folder.is_dir() and folder not in keep:
-        shutil.rmtree(folder)
+for built in keep:  # the same kernels of earlier sources are not carried
+    for folder in built.parent.glob(f"{built.name.rpartition('-')[0]}-*"):
+        if folder != built:
+            shutil.rmtree(folder)
 P
   PYTHON=$python bash scripts/build_peers.sh .carry/flashinfer_aot
   du -sh .carry
