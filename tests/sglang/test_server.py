@@ -201,7 +201,7 @@ if __name__ == "__main__":
     engine = sglang.Engine(model_path=sys.argv[1], dtype="float32", device="cpu",
         max_total_tokens=2048, max_running_requests=8, grammar_backend="none",
         **json.loads(sys.argv[2]))
-    prompts = ["The library opens at nine. " * 4 + end for end in ("Why?", "When?", "Who?")]
+    prompts = ["The library opens at nine. " * 30 + end for end in ("Why?", "When?", "Who?")]
     out = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 6})
     state = engine.get_server_info()["internal_states"][0]["pat"]
     print("RESULT", json.dumps({"texts": [o["text"] for o in out], "pat": state}), flush=True)
