@@ -44,7 +44,7 @@ class PatState:
 
     feed: StructureFeed
     planners: dict[eligibility.Geometry, Any]  # one DecodePlanner a geometry; normally exactly one
-    make_planners: Any  # (max_rows) -> planners, should init_cuda_graph_state need more rows
+    make_planners: Any  # (max_rows) -> planners, or {} with one line that says why not
     max_rows: int
     dtype: torch.dtype
     kv_pool: Any
@@ -83,15 +83,16 @@ class PatMixin(AttentionBackend):
         """Graphs may be captured for more rows than there are request slots (DP padding)."""
         state = self._pat
         if max_bs > state.max_rows:
-            state.planners.clear()  # free before allocating again
+            # Free before allocating again; without planners every decode step is the base's.
+            state.planners, state.plans, state.planned_version = {}, {}, 0
             state.planners = state.make_planners(max_bs)
-            state.max_rows, state.planned_version = max_bs, 0
+            state.max_rows = max_bs
         return super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kw)
 
     def init_forward_metadata(self, forward_batch: Any) -> Any:
         """Eager entry point."""
         state = self._pat
-        if state.in_base or not _is_pat_step(forward_batch):
+        if state.in_base or not self._pat_serves(forward_batch):
             return super().init_forward_metadata(forward_batch)
         # The rids come from the scheduler's batch; a dummy forward has none. Rows that DP
         # attention appended for padding have no rid.
@@ -107,7 +108,7 @@ class PatMixin(AttentionBackend):
         """Outside the graph, before capture and before every replay."""
         state = self._pat
         base = super().init_forward_metadata_out_graph
-        if state.in_base or not _is_pat_step(forward_batch):
+        if state.in_base or not self._pat_serves(forward_batch):
             return base(forward_batch, in_capture=in_capture)
         state.capturing, state.base_pending = in_capture, None
         padding = 0 if in_capture else getattr(forward_batch, "num_padding", 0) or 0
@@ -174,6 +175,11 @@ class PatMixin(AttentionBackend):
         return out.view(-1, num_q_heads * head_dim)
 
     # -- private ----------------------------------------------------------------------------------
+
+    def _pat_serves(self, forward_batch: Any) -> bool:
+        """A plain decode step. During replay ``forward_mode`` is the captured mode."""
+        decode = forward_batch.forward_mode.is_decode() and forward_batch.spec_info is None
+        return decode and bool(self._pat.planners)
 
     def _pat_verdict(
         self, layer: Any, forward_batch: Any, q: torch.Tensor, kwargs: dict[str, Any]
@@ -266,8 +272,3 @@ class PatMixin(AttentionBackend):
         METRICS.count("shared_segments", stats.shared_segments)
         METRICS.count("planned_kv_tokens", stats.planned_tokens)
         METRICS.count("unshared_kv_tokens", stats.unshared_tokens)
-
-
-def _is_pat_step(forward_batch: Any) -> bool:
-    """A plain decode step. During replay ``forward_mode`` is the captured mode."""
-    return forward_batch.forward_mode.is_decode() and forward_batch.spec_info is None

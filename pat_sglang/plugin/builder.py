@@ -141,17 +141,11 @@ def _make_state(name: str, runner: Any) -> PatState:
     make = functools.partial(
         _make_planners, geometries, pool.dtype, slots.req_to_token.device, _num_slots(pool)
     )
-    try:
-        planners = make(slots.size)
-    except Exception as error:
-        # BuildError (no compiler, unsupported GPU), ValueError (workspace cap), or a bug of ours:
-        # none of them may stop a server that the base can run.
-        logger.debug("pat-sglang: planner", exc_info=True)
-        raise _Declined(f"{type(error).__name__}: {error}") from error
+    planners = make(slots.size)
     return PatState(
         feed=feed.StructureFeed(),
         planners=planners,
-        make_planners=make,
+        make_planners=functools.partial(_remake_planners, name, make),
         max_rows=slots.size,
         dtype=pool.dtype,
         kv_pool=pool,
@@ -182,21 +176,42 @@ def _make_planners(
 ) -> dict[eligibility.Geometry, DecodePlanner]:
     from pat_sglang import DecodePlanner
 
-    cap = envs.WORKSPACE_MIB.get() << 20
-    return {
-        (num_q_heads, num_kv_heads, head_dim): DecodePlanner(
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=str(device),
-            max_rows=max_rows,
-            max_tokens=max_tokens,
-            max_workspace_bytes=cap // len(geometries),
-            sharing=envs.FORCE.get(),
-        )
-        for num_q_heads, num_kv_heads, head_dim in geometries
-    }
+    mib = envs.WORKSPACE_MIB.get()
+    try:
+        return {
+            (num_q_heads, num_kv_heads, head_dim): DecodePlanner(
+                num_q_heads=num_q_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                dtype=dtype,
+                device=str(device),
+                max_rows=max_rows,
+                max_tokens=max_tokens,
+                max_workspace_bytes=(mib << 20) // len(geometries),
+                sharing=envs.FORCE.get(),
+            )
+            for num_q_heads, num_kv_heads, head_dim in geometries
+        }
+    except Exception as error:
+        # No compiler, an unsupported GPU, a workspace cap below the minimum, or a bug of ours:
+        # none of them may stop a server that the base can run.
+        logger.debug("pat-sglang: no planner", exc_info=True)
+        first = (str(error).splitlines() or [""])[0]
+        hint = "`python -m pat_sglang doctor` tells more"
+        if isinstance(error, ValueError):
+            hint = f"PAT_SGLANG_WORKSPACE_MIB is {mib}, --max-running-requests counts rows"
+        raise _Declined(f"{type(error).__name__}: {first} ({hint})") from error
+
+
+def _remake_planners(
+    name: str, make: Callable[[int], dict[eligibility.Geometry, DecodePlanner]], max_rows: int
+) -> dict[eligibility.Geometry, DecodePlanner]:
+    """Planners for more rows; none, and the base from now on, when that fails."""
+    try:
+        return make(max_rows)
+    except _Declined as declined:
+        decline(name, str(declined), None)
+        return {}
 
 
 def _num_slots(pool: Any) -> int:

@@ -365,6 +365,25 @@ def test_more_graph_rows_than_request_slots():
     assert fixture.backend._pat.max_rows == 100
 
 
+def test_more_graph_rows_than_the_workspace_holds(monkeypatch, caplog):
+    from pat_sglang import DecodePlanner
+
+    calls = []
+    fixture = Fixture(graph_base(calls))
+
+    def refuse(self, **options):
+        raise ValueError("too small")
+
+    monkeypatch.setattr(DecodePlanner, "__init__", refuse)
+    capture(fixture, calls, rows=100)
+    assert calls == [("state", 100), "capture", "base layer", "base layer"]
+    assert "decode stays on torch_native: ValueError: too small" in caplog.text
+    calls.clear()
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    fixture.decode(fixture.scheduler.decode(reqs), padded_rows=4, replay=True)
+    assert calls[:3] == ["replay", "eager", "base layer"]
+
+
 def test_a_step_the_hook_missed_is_right_and_reported(fixture, caplog):
     reqs = [fixture.scheduler.serve([*SYSTEM, i]) for i in range(3)]
     for req in reqs:
@@ -549,18 +568,20 @@ def test_workspace_too_small(monkeypatch, caplog):
     fixture = Fixture()
     monkeypatch.setattr(DecodePlanner, "__init__", lambda self, **options: refuse(**options))
     reason = declined(remade(fixture), caplog)
-    assert reason == f"ValueError: max_workspace_bytes {256 << 20} is below 9999"
+    assert reason.startswith(f"ValueError: max_workspace_bytes {256 << 20} is below 9999")
+    assert "PAT_SGLANG_WORKSPACE_MIB is 256" in reason
 
 
 def test_no_compiler(monkeypatch, caplog):
     from pat_sglang import DecodePlanner, jit
 
     def refuse(self, **options):
-        raise jit.BuildError("no CUDA toolkit found: set CUDA_HOME")
+        raise jit.BuildError("no CUDA toolkit found: set CUDA_HOME\nand more lines")
 
     fixture = Fixture()
     monkeypatch.setattr(DecodePlanner, "__init__", refuse)
-    assert declined(remade(fixture), caplog) == "BuildError: no CUDA toolkit found: set CUDA_HOME"
+    reason = declined(remade(fixture), caplog)
+    assert reason.startswith("BuildError: no CUDA toolkit found: set CUDA_HOME (")
 
 
 def test_no_layer_of_the_model(caplog):
