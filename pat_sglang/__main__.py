@@ -18,9 +18,9 @@ from . import __version__, envs
 
 def run(args: argparse.Namespace) -> int:
     """Run an SGLang tool that does not load plug-ins itself."""
-    from sglang.srt.plugins import load_plugins
+    from .plugin import compat
 
-    load_plugins()
+    compat.load_plugins()
     sys.argv = [args.module, *args.args]
     runpy.run_module(args.module, run_name="__main__", alter_sys=True)
     return 0
@@ -178,12 +178,10 @@ def _check_sglang() -> tuple[bool, str]:
 
 
 def _check_backends() -> tuple[bool, str]:
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
-    from .plugin import register
+    from .plugin import compat, register
 
     register()
-    names = [name for name in envs.BASE_BACKENDS if name in ATTENTION_BACKENDS]
+    names = [name for name in envs.BASE_BACKENDS if name in compat.registered_backends()]
     return bool(names), "base backends: " + ", ".join(names)
 
 

@@ -8,6 +8,7 @@ Versions nobody has tried run when everything probed here is in place.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from importlib.metadata import version
 from operator import attrgetter
@@ -17,6 +18,11 @@ from packaging.version import InvalidVersion, Version
 
 OLDEST = Version("0.5.13.post1")
 TESTED = ("0.5.17",)
+
+
+def switched_on(name: str) -> bool:
+    """An SGLANG_* switch, as SGLang's own environ.py reads it."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "y")
 
 
 def sglang_version() -> str:
@@ -57,6 +63,20 @@ def missing_seams() -> str | None:
         f"SGLang {sglang_version()} has no {', '.join(missing)}; "
         f"use a tested version ({', '.join(TESTED)})"
     )
+
+
+def load_plugins() -> None:
+    """What SGLang's launchers do first and its benchmark tools forget."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+
+def registered_backends() -> list[str]:
+    """Names of the attention backends of this SGLang."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    return list(ATTENTION_BACKENDS)
 
 
 def request_row_getter(req: object) -> Callable[[Any], Any]:

@@ -7,7 +7,6 @@ batch: which kernel a layer runs is frozen into the CUDA graph when it is captur
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -37,11 +36,11 @@ def runner_reason(runner: Any) -> str | None:
             return reason
     if (getattr(args, "dcp_size", 1) or 1) > 1:
         return "decode context parallelism"
-    if _switched_on("SGLANG_ENABLE_METADATA_GLUE_GRAPH"):
+    if compat.switched_on("SGLANG_ENABLE_METADATA_GLUE_GRAPH"):
         return "SGLANG_ENABLE_METADATA_GLUE_GRAPH=1 would freeze the plans; unset it"
     # These may keep shared slots that no node shows. Without sharing such a batch need not fit the
     # plan's slot snapshot, which is as large as the KV pool; and PAT would gain nothing.
-    if _switched_on("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"):
+    if compat.switched_on("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"):
         return "the C++ radix tree cannot be read"
     if getattr(args, "radix_cache_backend", None):
         return f"the tree of --radix-cache-backend {args.radix_cache_backend} cannot be read"
@@ -54,10 +53,6 @@ def runner_reason(runner: Any) -> str | None:
     if compat.translates_slots(runner):
         return "KV pool with virtual slots"
     return pool_reason(runner.token_to_kv_pool)
-
-
-def _switched_on(name: str) -> bool:
-    return os.environ.get(name, "0").lower() in ("1", "true", "yes")
 
 
 def pool_reason(pool: Any) -> str | None:

@@ -9,10 +9,11 @@ the scheduler processes, and several engines in one process do not disturb each 
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from pat_sglang import envs
+
+from . import compat
 
 logger = logging.getLogger("pat_sglang")
 
@@ -72,7 +73,6 @@ def _flag(server_args: Any, asked_by: str) -> None:
 def _base_of_device(server_args: Any) -> str | None:
     """None leaves the choice to SGLang; its CPU default (intel_amx) is no base of PAT."""
     device = getattr(server_args, "device", None)
-    cpu_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0").lower() in ("1", "true", "yes")
-    if device == "cpu" or (device is None and cpu_engine):
+    if device == "cpu" or (device is None and compat.switched_on("SGLANG_USE_CPU_ENGINE")):
         return "torch_native"
     return None
