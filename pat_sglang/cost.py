@@ -89,7 +89,7 @@ H100 = CostModel(
     reread_ps=(14_000, 14_000, 18_000, 30_000),
     solo_item_ps=(3_000_000, 3_000_000, 3_500_000, 4_000_000),
     solo_token_ps=(30_000, 30_000, 30_000, 45_000),
-    part_ps=34_000,
+    part_ps=52_000,
     provenance="H100 SXM, first estimate from bandwidth and tensor-core rate",
 )
 H200 = CostModel(

@@ -92,10 +92,31 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+/// The same value, opaque to the compiler: what is computed from it is computed here, not hoisted out
+/// of a loop into registers that are then spilled.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 /// Barrier among `kThreads` threads (a whole number of warps); 0 is the block's own barrier.
 template <int kThreads>
 __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+/// Lets the next kernel of the stream, if launched as a programmatic dependent, start its blocks.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// In a programmatic dependent: waits until the previous kernel has ended and its writes are seen.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace pat::ptx
