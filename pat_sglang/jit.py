@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ SUPPORTED_HEAD_DIMS = (64, 128)
 SUPPORTED_DTYPES = ("bf16", "fp16")
 PATHS = ("sm80", "sm90")  # kernel paths; sm90 needs arch 9.0a
 
+_DEFAULT_CUDA_HOME = "/usr/local/cuda"
 _CXX_FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter")
 _CUDA_FLAGS = (
     "-std=c++20",
@@ -110,7 +112,7 @@ def cuda_home() -> Path:
         BuildError: no folder has both ``bin/nvcc`` and ``lib64/libcudart.so``.
     """
     nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    candidates = [os.environ.get("CUDA_HOME"), _DEFAULT_CUDA_HOME]
     candidates += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
     for candidate in filter(None, candidates):
         home = Path(candidate)
@@ -118,7 +120,7 @@ def cuda_home() -> Path:
             return home
     raise BuildError(
         "no CUDA toolkit found (looked for bin/nvcc and lib64/libcudart.so in CUDA_HOME, "
-        "/usr/local/cuda and beside nvcc): set CUDA_HOME, or carry kernels built with "
+        f"{_DEFAULT_CUDA_HOME} and beside nvcc): set CUDA_HOME, or carry kernels built with "
         "`python -m pat_sglang build` in PAT_SGLANG_CACHE_DIR"
     )
 
@@ -146,7 +148,7 @@ def _sources(device: bool) -> list[Path]:
 def _digest(flags: tuple[str, ...], device: bool) -> str:
     """Key of a module. The compiler is not asked: a machine without one can load a carried cache,
     and its version is recorded beside the module (``compiler.txt``) instead."""
-    digest = hashlib.sha256("\0".join(flags).encode())
+    digest = hashlib.sha256("\0".join((*_CXX_FLAGS, *flags)).encode())
     for path in _sources(device):
         digest.update(path.relative_to(source_dir()).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
@@ -174,53 +176,73 @@ def _ensure(name: str, flags: tuple[str, ...], arch: str | None) -> Path:
     if target.exists():
         return target
     if envs.DISABLE_JIT.get():
-        raise BuildError(f"PAT_SGLANG_DISABLE_JIT=1 and {target} is missing: build it ahead")
-    version = _compiler_version(str(cuda_home() / "bin/nvcc") if arch else "c++")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            return target
-        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-        try:
-            built = _compile(name, flags, arch, scratch)
-            final = scratch / "final"
-            final.mkdir()
-            shutil.copy2(built, final / target.name)
-            (final / "compiler.txt").write_text(version)
-            os.replace(final, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        raise BuildError(
+            f"{target} is missing and PAT_SGLANG_DISABLE_JIT=1 forbids building it: unset it, or "
+            "carry a cache made from these sources with `python -m pat_sglang build`"
+        )
+    version = _compiler_version(
+        str(cuda_home() / "bin/nvcc") if arch else os.environ.get("CXX", "c++")
+    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                _fill_cache(target, version, flags, arch)
+    except OSError as error:
+        raise BuildError(f"cannot write the cache, see PAT_SGLANG_CACHE_DIR: {error}") from error
     return target
 
 
-def _compile(name: str, flags: tuple[str, ...], arch: str | None, scratch: Path) -> Path:
-    from tvm_ffi import cpp
+def _fill_cache(target: Path, version: str, flags: tuple[str, ...], arch: str | None) -> None:
+    """Compiles beside ``target``'s folder, then renames into place; the caller holds the lock."""
+    folder = target.parent
+    with tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=folder.parent) as scratch:
+        built = _compile(target.stem, flags, arch, scratch)
+        final = Path(scratch, "final")
+        final.mkdir()
+        shutil.copy2(built, final / target.name)
+        (final / "compiler.txt").write_text(version)
+        shutil.rmtree(folder, ignore_errors=True)  # debris: it lacks the module
+        final.rename(folder)
 
+
+def _compile(name: str, flags: tuple[str, ...], arch: str | None, scratch: str) -> str:
+    """The shared object, somewhere in ``scratch``."""
+    # tvm-ffi runs `ninja` from PATH, where it is not if a venv's Python was started by its path.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if shutil.which("ninja", path=path) is None:
+        raise BuildError(f"building {name} needs ninja, which is not on PATH: pip install ninja")
+    variables = {"PATH": path}
+    if arch is not None:
+        variables |= {"TVM_FFI_CUDA_ARCH_LIST": arch, "CUDA_HOME": str(cuda_home())}
     root = source_dir()
     try:
-        if arch is None:
-            built = cpp.build(
-                name=name,
-                cpp_files=[str(root / "binding_host.cc"), *map(str, (root / "host").glob("*.cc"))],
-                extra_cflags=list(flags),
-                extra_include_paths=[str(root)],
-                build_directory=str(scratch),
-            )
-        else:
-            with _environment(TVM_FFI_CUDA_ARCH_LIST=arch, CUDA_HOME=str(cuda_home())):
-                built = cpp.build(
+        from tvm_ffi import cpp
+
+        with _environment(**variables):
+            if arch is None:
+                return cpp.build(
                     name=name,
-                    cpp_files=[str(root / "binding.cc")],
-                    cuda_files=sorted(map(str, (root / "device").glob("*.cu"))),
-                    extra_cflags=[f for f in flags if f.startswith("-D")] + list(_CXX_FLAGS),
-                    extra_cuda_cflags=list(flags),
-                    extra_include_paths=[str(root), str(cuda_home() / "include")],
-                    build_directory=str(scratch),
+                    cpp_files=[
+                        str(root / "binding_host.cc"),
+                        *sorted(map(str, (root / "host").glob("*.cc"))),
+                    ],
+                    extra_cflags=list(flags),
+                    extra_include_paths=[str(root)],
+                    build_directory=scratch,
                 )
-    except RuntimeError as error:
+            return cpp.build(
+                name=name,
+                cpp_files=[str(root / "binding.cc")],
+                cuda_files=sorted(map(str, (root / "device").glob("*.cu"))),
+                extra_cflags=[f for f in flags if f.startswith("-D")] + list(_CXX_FLAGS),
+                extra_cuda_cflags=list(flags),
+                extra_include_paths=[str(root), os.path.join(variables["CUDA_HOME"], "include")],
+                build_directory=scratch,
+            )
+    except Exception as error:  # tvm-ffi promises no type
         raise BuildError(f"building {name} failed:\n{error}") from error
-    return Path(built)
 
 
 def build(
@@ -248,9 +270,7 @@ def build(
 @functools.cache
 def load(arch: str, dtype: str, head_dim: int, path: str | None = None) -> Any:
     """The loaded device module of a configuration, see ``build``."""
-    import tvm_ffi
-
-    return tvm_ffi.load_module(str(build(arch, dtype, head_dim, path)))
+    return _load(build(arch, dtype, head_dim, path))
 
 
 @functools.cache
@@ -258,11 +278,18 @@ def load_host() -> Any:
     """The loaded C++ planner.
 
     Raises:
-        BuildError: it is not in the cache and there is no C++ compiler.
+        BuildError: it is not in the cache and there is no C++ compiler, or it does not load.
     """
-    import tvm_ffi
+    return _load(build_host())
 
-    return tvm_ffi.load_module(str(build_host()))
+
+def _load(path: Path) -> Any:
+    try:
+        import tvm_ffi
+
+        return tvm_ffi.load_module(str(path))
+    except Exception as error:  # tvm-ffi promises no type
+        raise BuildError(f"cannot load {path} ({error}): delete it to build it here") from error
 
 
 def build_host() -> Path:

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: MIT
+"""The kernels compile for every target, fit their registers, and refuse bad tensors. No GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import tvm_ffi
+
+from pat_sglang import jit
+
+pytestmark = pytest.mark.nvcc
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Configuration(NamedTuple):
+    """What a module is compiled for; ``path`` None: the best of the arch."""
+
+    arch: str
+    dtype: str
+    head_dim: int
+    path: str | None = None
+
+    def __str__(self) -> str:
+        return "-".join(str(part) for part in self if part is not None)
+
+
+# Every arch, dtype, head dimension and kernel path once; the rest is built in the slow tier.
+DECLARED = [
+    Configuration("8.0", "bf16", 128),
+    Configuration("9.0a", "bf16", 128),
+    Configuration("9.0a", "bf16", 64),
+    Configuration("9.0a", "fp16", 128),
+    Configuration("10.0a", "bf16", 128),  # compiled, never run by us
+]
+PRODUCT = itertools.product(jit.SUPPORTED_ARCHS, jit.SUPPORTED_DTYPES, jit.SUPPORTED_HEAD_DIMS)
+EVERY = [*itertools.starmap(Configuration, PRODUCT), Configuration("9.0a", "bf16", 128, "sm80")]
+configurations = pytest.mark.parametrize(
+    "configuration",
+    [*DECLARED, *(pytest.param(c, marks=pytest.mark.slow) for c in EVERY if c not in DECLARED)],
+    ids=str,
+)
+
+MAX_REGISTERS = 255
+# Bytes that decode_kernel may spill (stores or loads, whichever is more), by arch and head
+# dimension: what it does once an item. More means that an inner loop spills. Other kernels: none.
+DECODE_SPILLS = {("8.0", 128): 128, ("9.0a", 128): 128, ("10.0a", 128): 320}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One empty cache for the whole file: what one test builds, the next one finds."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAT_SGLANG_CACHE_DIR", str(folder))
+        patch.delenv("PAT_SGLANG_DISABLE_JIT", raising=False)
+        yield folder
+
+
+@configurations
+def test_builds_and_loads_without_a_gpu(
+    configuration: Configuration, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = time.perf_counter()
+    path = jit.build(*configuration)
+    with capsys.disabled():
+        print(f"\n{path.stem}: {time.perf_counter() - begin:.1f} s")
+    module = tvm_ffi.load_module(str(path))
+    for name in ("decode", "fill"):
+        assert isinstance(module.get_function(name), tvm_ffi.Function)
+    assert "release" in (path.parent / "compiler.txt").read_text()
+
+
+class Kernel(NamedTuple):
+    """What ptxas says of one kernel."""
+
+    name: str
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    static_smem: int
+
+
+def parse_ptxas(log: str) -> list[Kernel]:
+    """Kernels of a ``-Xptxas=-v`` log, template arguments in the name."""
+    kernels = []
+    for part in log.split("Compiling entry function '")[1:]:
+        mangled = part.split("'")[0]
+        name = re.search(r"(?<=\d)[a-z_]+_kernel", mangled)
+        assert name, f"{mangled}: kernels are named <verb>_kernel"
+        arguments = re.findall(r"L[a-z](\d+)E", mangled[name.end() :].split("EvN")[0] + "E")
+
+        def number(pattern: str, text: str = part) -> int:
+            found = re.search(pattern, text)
+            return int(found[1]) if found else 0
+
+        kernels.append(
+            Kernel(
+                name[0] + (f"<{', '.join(arguments)}>" if arguments else ""),
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes spill stores"),
+                number(r"(\d+) bytes spill loads"),
+                number(r"(\d+) bytes smem"),
+            )
+        )
+    return kernels
+
+
+@configurations
+def test_registers_and_spills(
+    configuration: Configuration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = jit.device_module(*configuration)
+    root = jit.source_dir()
+    kernels = []
+    for source in sorted((root / "device").glob("*.cu")):
+        done = subprocess.run(
+            [
+                str(jit.cuda_home() / "bin/nvcc"),
+                *(*jit._CUDA_FLAGS, *spec.defines(), f"-I{root}"),
+                f"-arch=sm_{spec.arch.replace('.', '')}",
+                *("-cubin", str(source), "-o", str(tmp_path / "kernel.cubin")),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        kernels += parse_ptxas(done.stderr)
+    with capsys.disabled():
+        print(f"\n{configuration!s:20} registers  spill stores  loads  static smem (bytes)")
+        for name, *numbers in kernels:
+            print("{:20} {:9}  {:12}  {:5}  {:11}".format(name, *numbers))
+    found = {kernel.name.split("<")[0] for kernel in kernels}
+    assert found >= {"decode_kernel", "merge_kernel", "fill_kernel"}
+    assert all(0 < kernel.registers <= MAX_REGISTERS for kernel in kernels), kernels
+    for kernel in kernels:
+        may_spill = kernel.name.startswith("decode_kernel")
+        ceiling = DECODE_SPILLS.get((spec.arch, spec.head_dim), 0) if may_spill else 0
+        assert max(kernel.spill_stores, kernel.spill_loads) <= ceiling, kernel
+
+
+class DLPack(ctypes.Structure):
+    """DLManagedTensor of dlpack.h, flat."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),  # type and number
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+new_capsule = ctypes.pythonapi.PyCapsule_New
+new_capsule.restype = ctypes.py_object
+new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+
+KINDS = {"bf16": (4, 16), "f16": (2, 16), "f32": (2, 32), "i32": (0, 32), "i64": (0, 64)}
+
+
+class CudaTensor:
+    """Says that it lies on a GPU, as DLPack: whatever looks at more than its description fails."""
+
+    def __init__(
+        self,
+        kind: str,
+        *shape: int,
+        strides: tuple[int, ...] | None = None,
+        address: int = 1 << 20,
+        device: int = 0,
+    ) -> None:
+        if strides is None:
+            inner = [*itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1)]
+            strides = tuple(reversed(inner))
+        numbers = ctypes.c_int64 * len(shape)
+        self.kept = numbers(*shape), numbers(*strides)
+        code, bits = KINDS[kind]
+        pair = (ctypes.c_int32 * 2)(2, device)
+        self.struct = DLPack(address, pair, len(shape), code, bits, 1, *self.kept, 0, None, None)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return tuple(self.struct.device)
+
+    def __dlpack__(self, **_: object) -> object:
+        return new_capsule(ctypes.addressof(self.struct), b"dltensor", None)
+
+
+T = CudaTensor
+
+
+@pytest.fixture(scope="module")
+def module(cache: Path) -> Any:
+    return tvm_ffi.load_module(str(jit.build(*DECLARED[1])))
+
+
+def decode(module: Any, **other: Any) -> None:
+    """Launches nothing: zero rows, 8 query heads, 2 KV heads, and what ``other`` puts instead."""
+    arguments = {
+        "q": T("bf16", 0, 8, 128),
+        "k_cache": T("bf16", 64, 2, 128),
+        "v_cache": T("bf16", 64, 2, 128),
+        "out": T("bf16", 0, 8, 128),
+        "plan": T("i32", 100),
+        "slots": T("i32", 100),
+        "live_lens": T("i32", 4),
+        "partial_out": T("f32", 10, 8, 128),
+        "partial_lse": T("f32", 10, 8),
+        "counters": T("i32", 8),
+    }
+    assert other.keys() <= arguments.keys()
+    module.decode(*(arguments | other).values(), 0.125)
+
+
+def fill(module: Any, rows: int = 0, **other: Any) -> None:
+    """Launches nothing: zero rows."""
+    arguments = {
+        "plan": T("i32", 100),
+        "slots": T("i32", 100),
+        "filled": T("i32", 4),
+        "live_lens": T("i32", 4),
+        "req_to_token": T("i32", 8, 512),
+        "req_pool_indices": T("i64", 4),
+        "seq_lens": T("i32", 4),
+    }
+    assert other.keys() <= arguments.keys()
+    module.fill(*(arguments | other).values(), rows, -1)
+
+
+def test_good_tensors_pass(module: Any) -> None:
+    decode(module)
+    # Caches are views: one layer's part of a larger pool, any stride of whole 16 bytes.
+    decode(module, k_cache=T("bf16", 64, 2, 128, strides=(512, 128, 1)))
+    decode(module, q=T("bf16", 0, 8, 128, strides=(3072, 128, 1)))
+    fill(module)
+    fill(module, req_pool_indices=T("i32", 9), seq_lens=T("i64", 9))
+    fill(module, req_to_token=T("i32", 8, 512, strides=(4096, 1)))
+
+
+@pytest.mark.parametrize(
+    ("function", "other", "message"),
+    [
+        (decode, {"q": T("bf16", 3, 1024)}, r"q must have 3 dimensions, got \[3, 1024\]"),
+        (decode, {"q": T("f16", 0, 8, 128)}, "q must be bfloat16, got float16"),
+        (decode, {"q": T("bf16", 0, 8, 64)}, r"q must be \[rows, heads, 128\], got \[0, 8, 64\]"),
+        (decode, {"q": T("bf16", 0, 7, 128), "out": T("bf16", 0, 7, 128)}, r"\[0, 7, 128\]"),
+        (decode, {"q": T("bf16", 0, 8, 128, strides=(2048, 256, 1))}, "q .* stride 1 is 256"),
+        (decode, {"q": T("bf16", 0, 8, 128, strides=(1028, 128, 1))}, "q .*aligned.* 1028"),
+        (decode, {"q": T("bf16", 0, 8, 128, address=8)}, "q must be 16-byte aligned"),
+        (decode, {"out": T("bf16", 4, 8, 128)}, r"out must be shaped like q.*out \[4, 8, 128\]"),
+        (decode, {"k_cache": T("f32", 64, 2, 128)}, "k_cache must be bfloat16, got float32"),
+        (decode, {"k_cache": T("bf16", 64, 2, 128, device=1)}, "k_cache must be on cuda:0"),
+        (decode, {"k_cache": T("bf16", 63, 2, 128)}, r"k_cache \[63, 2, 128\]"),
+        (decode, {"v_cache": T("bf16", 64, 2, 128, strides=(260, 128, 1))}, "v_cache .* 260"),
+        (decode, {"v_cache": T("bf16", 64, 2, 128, strides=(256, 1, 2))}, "stride 2 is 2"),
+        (decode, {"plan": T("i64", 100)}, "plan must be int32, got int64"),
+        (decode, {"slots": T("i32", 50, strides=(2,))}, "slots .* stride 0 is 2"),
+        (decode, {"live_lens": T("i32", 4, 1)}, r"live_lens must have 1 dim.*\[4, 1\]"),
+        (decode, {"partial_out": T("f32", 10, 4, 128)}, r"another geometry.*\[10, 4, 128\]"),
+        (decode, {"partial_lse": T("f32", 9, 8)}, "another geometry"),
+        (decode, {"counters": T("i32", 1)}, "counters is too short"),
+        (fill, {"plan": T("f32", 100)}, "plan must be int32, got float32"),
+        (fill, {"req_to_token": T("i64", 8, 512)}, "req_to_token must be int32, got int64"),
+        (fill, {"req_to_token": T("i32", 8, 512, strides=(1, 8))}, "req_to_token .* is 8"),
+        (fill, {"req_pool_indices": T("f32", 4)}, "req_pool_indices must be int32 or int64, got f"),
+        (fill, {"seq_lens": T("i32", 4, device=1)}, "seq_lens must be on cuda:0"),
+        (fill, {"seq_lens": T("i32", 3), "rows": 4}, "4 rows, .* seq_lens 3"),
+        (fill, {"filled": T("i32", 3), "rows": 4}, "the plan has 4 rows"),
+    ],
+)
+def test_bad_tensors_are_named(
+    module: Any, function: Callable[..., None], other: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(module, **other)
+
+
+def test_host_tensors_are_refused(module: Any) -> None:
+    with pytest.raises(ValueError, match="q must be on cuda"):
+        decode(module, q=torch.zeros(1, 8, 128, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="seq_lens must be on cuda"):
+        fill(module, seq_lens=torch.zeros(4, dtype=torch.int32))
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in the repository, without the slow stand-ins of conftest.py."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_command_builds_ahead(cache: Path) -> None:
+    targets = DECLARED[:2]
+    assert [(c.dtype, c.head_dim) for c in targets] == [("bf16", 128)] * 2
+    expected = [jit.build_host(), *(jit.build(*c) for c in targets)]
+    archs = ",".join(c.arch for c in targets)
+    done = run("-m", "pat_sglang", "build", "--arch", archs, PAT_SGLANG_DISABLE_JIT="1")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == [str(path) for path in expected]
+    assert all(float(seconds) < 1 for _, seconds, _ in lines), done.stdout
+
+
+def test_command_fails_with_one_line(cache: Path) -> None:
+    jit.build_host()
+    done = run("-m", "pat_sglang", "build", "--arch", "7.5")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: arch '7.5' is not supported")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_warm_start_takes_less_than_a_second(cache: Path) -> None:
+    """In a server, which has imported torch; reading, hashing and loading are ours."""
+    jit.build(*DECLARED[1])
+    jit.build_host()
+    code = (
+        "import time, torch; begin = time.perf_counter(); from pat_sglang import jit\n"
+        f"jit.load(*{tuple(DECLARED[1][:3])}); jit.load_host(); print(time.perf_counter() - begin)"
+    )
+    done = run("-c", code, PAT_SGLANG_DISABLE_JIT="1")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1
+
+
+def test_another_source_is_another_module(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade: the old module is left alone and not taken."""
+    before = jit.build(*DECLARED[1])
+    copy = tmp_path / "csrc"
+    shutil.copytree(jit.source_dir(), copy)
+    with (copy / "device" / "fill.cu").open("a") as file:
+        file.write("// another byte\n")
+    monkeypatch.setattr(jit, "source_dir", lambda: copy)
+    monkeypatch.setenv("PAT_SGLANG_DISABLE_JIT", "1")
+    with pytest.raises(jit.BuildError, match="is missing"):
+        jit.build(*DECLARED[1])
+    assert before.exists()
