@@ -41,7 +41,8 @@ std::string shape_of(const TensorView& t) {
 void check(const TensorView& t, const char* name, int ndim, DLDataType dtype, DLDevice device,
            int dense_dims) {
   if (t.ndim() != ndim) {
-    TVM_FFI_THROW(ValueError) << name << " must have " << ndim << " dimensions, got " << shape_of(t);
+    TVM_FFI_THROW(ValueError) << name << " must have " << ndim << " dimensions, got "
+                              << shape_of(t);
   }
   if (!same(t.dtype(), dtype)) {
     TVM_FFI_THROW(ValueError) << name << " must be " << tvm::ffi::DLDataTypeToString(dtype)

@@ -84,18 +84,19 @@ class CostModel:
 
 H100 = CostModel(
     num_sms=132,
-    item_ps=(400_000, 700_000, 1_200_000, 1_500_000),
-    token_ps=(22_500, 22_500, 22_500, 30_000),
-    reread_ps=(14_000, 14_000, 18_000, 30_000),
-    solo_item_ps=(3_000_000, 3_000_000, 3_500_000, 4_000_000),
-    solo_token_ps=(30_000, 30_000, 30_000, 45_000),
-    part_ps=52_000,
-    provenance="H100 SXM, first estimate from bandwidth and tensor-core rate",
+    item_ps=(400_000, 480_000, 3_200_000, 2_500_000),
+    token_ps=(22_500, 22_500, 22_500, 28_000),
+    reread_ps=(12_000, 12_000, 14_500, 28_000),
+    solo_item_ps=(1_800_000, 3_500_000, 5_000_000, 5_500_000),
+    solo_token_ps=(18_000, 38_000, 28_000, 50_000),
+    part_ps=83_000,
+    provenance="H100 SXM 80 GB, 2026-11-22: bandwidth and tile rates measured, then coordinate "
+    "descent on measured time over 19 trees and 11 random forests at five head layouts",
 )
 H200 = CostModel(
     num_sms=132,
     item_ps=H100.item_ps,
-    token_ps=(16_000, 16_000, 18_000, 30_000),
+    token_ps=(16_000, 16_000, 16_000, 28_000),
     reread_ps=H100.reread_ps,
     solo_item_ps=H100.solo_item_ps,
     solo_token_ps=H100.solo_token_ps,
@@ -108,8 +109,8 @@ A100 = CostModel(
     token_ps=(30_000, 30_000, 36_000, 60_000),
     reread_ps=(20_000, 20_000, 36_000, 60_000),
     solo_item_ps=H100.solo_item_ps,
-    solo_token_ps=(40_000, 40_000, 45_000, 80_000),
-    part_ps=48_000,
+    solo_token_ps=(24_000, 50_000, 45_000, 80_000),
+    part_ps=120_000,
     provenance="scaled from H100 by bandwidth and tensor-core rate; not measured on A100",
 )
 

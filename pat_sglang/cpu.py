@@ -89,6 +89,7 @@ def decode_cpu(
             partial_lse[item.parts, :, item.heads] = lse.T
     if parts:
         _merge(plan, partial_out, partial_lse, result)
+    result[:rows][plan.live_lens[:rows] < 0] = torch.nan  # outgrew the horizon unseen
     out.copy_(result.view(q.shape))
 
 

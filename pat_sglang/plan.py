@@ -371,7 +371,9 @@ class DecodePlanner:
             return
         tables = plan.tables
         rows = len(self._planned_lens)
-        plan.live_lens[:rows] = seq_lens[:rows]
+        capacity = torch.from_numpy(tables.tails[:, 1] + tables.tails[:, 2])
+        overflows = seq_lens[:rows] > capacity  # as in csrc/device/fill.cu
+        plan.live_lens[:rows] = torch.where(overflows, -1, seq_lens[:rows])
         if fresh:
             for (slot, length, _, begin), rep in zip(
                 tables.runs.tolist(), tables.reps.tolist(), strict=True

@@ -11,7 +11,7 @@ from pat_sglang.reference import attention
 def low_precision(case) -> torch.Tensor:
     """The same attention with probabilities rounded to the element type before P V, and the output
     rounded: the unavoidable error of any kernel that feeds tensor cores."""
-    rows, q_heads, head_dim = case.q.shape
+    _, q_heads, head_dim = case.q.shape
     kv_heads = case.k_cache.shape[1]
     out = torch.zeros_like(case.q)
     for row, length in enumerate(case.seq_lens.tolist()):

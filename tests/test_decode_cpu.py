@@ -102,6 +102,16 @@ def test_the_horizon_ends():
     check(planner, case)
 
 
+def test_a_row_that_outgrows_its_tail_unseen_is_nan():
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]), spare=300)
+    planner = planner_for((4, 4, 16))
+    plan = check(planner, case)
+    case.grow(np.array([200, 1]))
+    assert planner.advance(plan)  # the host counted one token
+    out = pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=1.0)
+    assert torch.isnan(out[0]).all() and torch.isfinite(out[1]).all()
+
+
 def test_tails_that_start_empty():
     forest = Forest(np.array([-1, 0]), np.array([330, 200]))
     case = case_for(

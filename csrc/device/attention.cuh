@@ -141,7 +141,8 @@ class ItemAttention {
     return shared_ + Config::kQBytes + (step % Config::kStages) * Config::kEntryBytes;
   }
 
-  __device__ __forceinline__ int32_t fetch_slot(SlotWalk& walk, int32_t tile, int32_t tokens) const {
+  __device__ __forceinline__ int32_t fetch_slot(SlotWalk& walk, int32_t tile,
+                                                int32_t tokens) const {
     const int32_t token = tile * Config::kTokens + warp_ * Config::kWarpTokens + lane_;
     const bool mine = lane_ < Config::kWarpTokens && token < tokens;
     return mine ? walk.slot(tables_, params_.slots, token) : 0;
@@ -183,8 +184,7 @@ class ItemAttention {
         const int in_warp = pass * kRowsPerLoad + lane_ / kRowChunks;
         const int r = warp_ * kWarpRows + in_warp;
         const int64_t offset = __shfl_sync(0xffffffffu, my_offset, in_warp);
-        ptx::cp_async_16(shared_ + swizzled(r, chunk), q + offset + chunk * 8,
-                         r < item.query_rows);
+        ptx::cp_async_16(shared_ + swizzled(r, chunk), q + offset + chunk * 8, r < item.query_rows);
       }
     } else {
       // MMA fragments straight from global memory: 4 bytes a lane and register.
@@ -282,8 +282,8 @@ class ItemAttention {
       for (int b = 0; b < Config::kRowBlocks; ++b) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          top[b][half] = fmaxf(
-              top[b][half], fmaxf(scores_[b][n][2 * half], scores_[b][n][2 * half + 1]));
+          top[b][half] =
+              fmaxf(top[b][half], fmaxf(scores_[b][n][2 * half], scores_[b][n][2 * half + 1]));
         }
       }
     }
@@ -393,9 +393,8 @@ class ItemAttention {
         float inverse = sum == 0.f ? 0.f : 1.f / sum;
         if (item.overflowed) inverse = NAN;
         if (part < 0) {
-          uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<Element*>(params_.out) +
-                                                     row * params_.out_row_stride +
-                                                     head * kHeadDim);
+          uint32_t* to = reinterpret_cast<uint32_t*>(
+              static_cast<Element*>(params_.out) + row * params_.out_row_stride + head * kHeadDim);
 #pragma unroll
           for (int n = 0; n < kOutBlocks; ++n) {
             to[n * 4 + lane_ % 4] = ptx::pack<Element>(out_[b][n][2 * half] * inverse,

@@ -31,11 +31,11 @@ inline constexpr int kWarps = 4;
 inline constexpr int kThreads = kWarps * 32;
 inline constexpr int kBlocksPerSm = 2;
 
-inline constexpr int kRowBytes = kHeadDim * 2;           // one token of K or V of one head
-inline constexpr int kRowChunks = kRowBytes / 16;        // 16-byte chunks of it
-inline constexpr int kRowsPerLoad = 32 / kRowChunks;     // tokens one warp-wide cp.async brings
-inline constexpr int kDepthSteps = kHeadDim / 16;        // MMA steps along d
-inline constexpr int kOutBlocks = kHeadDim / 8;          // n8 blocks of the output
+inline constexpr int kRowBytes = kHeadDim * 2;        // one token of K or V of one head
+inline constexpr int kRowChunks = kRowBytes / 16;     // 16-byte chunks of it
+inline constexpr int kRowsPerLoad = 32 / kRowChunks;  // tokens one warp-wide cp.async brings
+inline constexpr int kDepthSteps = kHeadDim / 16;     // MMA steps along d
+inline constexpr int kOutBlocks = kHeadDim / 8;       // n8 blocks of the output
 
 /// One tile shape. A *unit* is the group of warps that computes one work item: 1, 2 or 4 warps of
 /// the block, so that many small items or one large one run in the same block.

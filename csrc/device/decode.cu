@@ -54,17 +54,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   // Wide tiles are bound by tensor cores, narrow ones by memory. Where the wide ones fill the GPU, half
   // the blocks start with the narrow ones, so that the two overlap; a few wide pieces go first, so
   // that none of them is left to the end.
-  const int32_t wide_pieces = (tables.header(kHeaderItemCount + 2) +
-                               tables.header(kHeaderItemCount + 3)) * params.num_kv_heads;
+  const int32_t wide_pieces =
+      (tables.header(kHeaderItemCount + 2) + tables.header(kHeaderItemCount + 3)) *
+      params.num_kv_heads;
   const bool overlap = wide_pieces >= static_cast<int32_t>(gridDim.x / 4 * 3);
   const bool wide_first = !overlap || blockIdx.x < gridDim.x / 2;
 #pragma unroll 1
   for (int i = 0; i < kNumTiles; ++i) {
     switch (wide_first ? kNumTiles - 1 - i : i) {
-      case 0: stage.template operator()<0>(); break;
-      case 1: stage.template operator()<1>(); break;
-      case 2: stage.template operator()<2>(); break;
-      case 3: stage.template operator()<3>(); break;
+      case 0:
+        stage.template operator()<0>();
+        break;
+      case 1:
+        stage.template operator()<1>();
+        break;
+      case 2:
+        stage.template operator()<2>();
+        break;
+      case 3:
+        stage.template operator()<3>();
+        break;
     }
   }
 }

@@ -39,6 +39,9 @@ class _Declined(Exception):
     """PAT does not serve this model runner; the message says why."""
 
 
+_live: list[PatState] = []  # of the backends built in this process; the last one serves
+
+
 def wrap_registry() -> None:
     """Wrap every registered builder, and register the name ``pat`` itself. Idempotent."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -100,6 +103,7 @@ def extend(name: str, runner: Any, backend: Any) -> Any:
     setattr(runner, feed.ATTRIBUTE, structure_feed)
     hooks.install_runtime(feed.on_init_new, on_internal_state)
     _announce(name, runner, state)
+    _live.append(state)
     return adopt(backend, state)
 
 
@@ -121,7 +125,10 @@ def decline(name: str, reason: str, backend: Any) -> Any:
 
 def on_internal_state(result: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER hook on Scheduler.get_internal_state: the `pat` block of /get_server_info."""
-    result.internal_state["pat"] = {"version": pat_sglang.__version__, **METRICS.as_dict()}
+    block = {"version": pat_sglang.__version__, **METRICS.as_dict()}
+    if plans := [plan.explain() for state in _live[-1:] for plan in state.plans.values()]:
+        block["last_plan"] = plans[0]
+    result.internal_state["pat"] = block
 
 
 def _make_state(name: str, runner: Any) -> PatState:
