@@ -55,9 +55,18 @@ configurations = pytest.mark.parametrize(
 )
 
 MAX_REGISTERS = 255
-# Bytes that decode_kernel may spill (stores or loads, whichever is more), by arch and head
-# dimension: what it does once an item. More means that an inner loop spills. Other kernels: none.
-DECODE_SPILLS = {("8.0", 128): 128, ("9.0a", 128): 128, ("10.0a", 128): 320}
+# Bytes of spill stores and loads in the code of decode_kernel, by kernel path, arch and head
+# dimension: a ratchet just above what ptxas 13.0 makes of it. Lower it when the kernel improves;
+# raise it only with a timing. Other kernels and configurations: none.
+# NOTE: sm_80 at d 128 is a debt. Most of its loads are in the outlined path of divergent shuffles,
+# but the loop over KV tiles of three of the four tile shapes holds 8 to 14 of them too.
+DECODE_SPILLS = {
+    ("sm80", "8.0", 64): (16, 16),
+    ("sm80", "8.0", 128): (256, 1024),
+    ("sm80", "9.0a", 128): (96, 256),
+    ("sm90", "9.0a", 128): (64, 256),
+    ("sm80", "10.0a", 128): (192, 320),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -147,9 +156,10 @@ def test_registers_and_spills(
     assert found >= {"decode_kernel", "merge_kernel", "fill_kernel"}
     assert all(0 < kernel.registers <= MAX_REGISTERS for kernel in kernels), kernels
     for kernel in kernels:
-        may_spill = kernel.name.startswith("decode_kernel")
-        ceiling = DECODE_SPILLS.get((spec.arch, spec.head_dim), 0) if may_spill else 0
-        assert max(kernel.spill_stores, kernel.spill_loads) <= ceiling, kernel
+        stores, loads = 0, 0
+        if kernel.name == "decode_kernel":
+            stores, loads = DECODE_SPILLS.get((spec.path, spec.arch, spec.head_dim), (0, 0))
+        assert kernel.spill_stores <= stores and kernel.spill_loads <= loads, kernel
 
 
 class DLPack(ctypes.Structure):
