@@ -281,7 +281,9 @@ class DecodePlanner:
             CapacityError: more unique tokens than ``max_tokens`` and headroom hold.
         """
         started = time.perf_counter()
-        lens = np.ascontiguousarray(host_lens, dtype=np.int32)
+        lens = np.array(
+            host_lens, dtype=np.int32
+        )  # a copy: callers count their lengths up in place
         rows = lens.size
         if rows > self.max_rows:
             raise ValueError(f"the batch has {rows} rows, the planner was made for {self.max_rows}")

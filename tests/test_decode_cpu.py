@@ -112,6 +112,15 @@ def test_a_row_that_outgrows_its_tail_unseen_is_nan():
     assert torch.isnan(out[0]).all() and torch.isfinite(out[1]).all()
 
 
+def test_host_lengths_counted_up_in_place_still_end_the_horizon():
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]), spare=128)
+    planner = planner_for((4, 4, 16))
+    lens = np.array([5, 9], np.int32)
+    plan = planner.plan(None, None, lens, case.seq_lens, case.req_to_token, case.req_pool_indices)
+    lens += 100
+    assert not planner.advance(plan, host_lens=lens)
+
+
 def test_tails_that_start_empty():
     forest = Forest(np.array([-1, 0]), np.array([330, 200]))
     case = case_for(
