@@ -81,7 +81,7 @@ FORCE = EnvVar(
     "auto",
     "on | off",
     _one_of("on", "off", "auto"),
-    "on: never the unshared plan, even where it is predicted faster; off: always the unshared plan",
+    "on: every shared run is packed, even where that is predicted slower; off: the unshared plan",
 )
 STRICT = EnvVar(
     "PAT_SGLANG_STRICT", False, "0 or 1", _switch, "1: every fallback to the base is an error"

@@ -34,7 +34,8 @@ class Shape:
         num_kv_heads: KV heads; every work item is computed once for each.
         max_parts: partial slots of the workspace (one slot: all query heads of one row).
         max_items: work items the plan buffer holds.
-        sharing: "auto" (cheaper of shared and unshared), "on" or "off".
+        sharing: "auto" (cheaper of shared and unshared), "on" (every shared run is read by packs,
+            unless that does not fit the workspace) or "off".
     """
 
     group_size: int
@@ -123,13 +124,14 @@ class _Pricer:
         )
 
 
-def choose_packs(tree: SegmentTree, pricer: _Pricer) -> list[Pack]:
+def choose_packs(tree: SegmentTree, pricer: _Pricer, forced: bool = False) -> list[Pack]:
     """Packs of least additive cost: for every segment, which children take its run along.
 
     ``cost[u][j]`` is the least cost of everything below and including segment u when its pack
     starts at the j-th segment above it (0: at itself). A child that *merges* extends its own pack
     (or tail) upwards and leaves the pack of its parent; children are taken in the order of what
-    merging costs a row, and the best number of them is kept.
+    merging costs a row, and the best number of them is kept. ``forced``: no row takes a shared run
+    into its tail, whatever it costs.
     """
     segments = tree.segments
     starts: list[list[int]] = []
@@ -156,8 +158,9 @@ def choose_packs(tree: SegmentTree, pricer: _Pricer) -> list[Pack]:
             for row in segment.own_rows:
                 split = pricer.tail(segment.end, tree.lens[row])
                 total += split
-                extra = pricer.tail(start, tree.lens[row]) - split
-                options.append((extra, 1, row, extra, 1))
+                if not forced:
+                    extra = pricer.tail(start, tree.lens[row]) - split
+                    options.append((extra, 1, row, extra, 1))
             options.sort()
             left = segment.num_rows
             best, best_count = total + pricer.shared(left, tokens), 0
@@ -282,7 +285,7 @@ def pack_rows(tree: SegmentTree, shape: Shape, model: CostModel) -> Packing:
     if shape.sharing != "off" and tree.segments:
         for part_scale in PART_SCALES:
             pricer = _Pricer(shape, model, part_scale)
-            packs = choose_packs(tree, pricer)
+            packs = choose_packs(tree, pricer, shape.sharing == "on" and part_scale == 1)
             chosen = choose_split(packs, shape, model, _Pricer(shape, model, 1), horizon)
             if chosen is not None:
                 sharing = True

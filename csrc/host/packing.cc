@@ -73,8 +73,9 @@ void Packer::link(const SegmentTree& tree) {
   }
 }
 
-// Bottom-up: the least cost of every segment and level, and who merges for it.
-void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps) {
+// Bottom-up: the least cost of every segment and level, and who merges for it. Forced: no row reads a
+// shared run in its own tail.
+void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced) {
   const int32_t n = tree.size();
   const PriceTable::Price one = prices_[1];
   cost_.fit(n * kNumLevels);
@@ -128,7 +129,7 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps) {
         }
       };
       for (; i < num_options;) {
-        if (options[i].extra_per_row > own_extra) take_own_rows();
+        if (!forced && options[i].extra_per_row > own_extra) take_own_rows();
         total += options[i].extra;
         left -= options[i].num_rows;
         ++i;
@@ -138,7 +139,7 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps) {
           best_rows = seen_rows;
         }
       }
-      take_own_rows();
+      if (!forced) take_own_rows();
 
       cost_[u * kNumLevels + j] = best;
       merged_rows_[u * kNumLevels + j] = best_rows;
@@ -331,7 +332,8 @@ const Packing& Packer::pack(const SegmentTree& tree) {
   if (shape_.sharing != Sharing::kOff && tree.size() > 0) {
     link(tree);
     for (const int64_t scale : kPartScales) {
-      choose_costs(tree, model_.part_ps * scale * shape_.group_size);
+      const bool forced = shape_.sharing == Sharing::kOn && scale == 1;
+      choose_costs(tree, model_.part_ps * scale * shape_.group_size, forced);
       choose_packs(tree);
       chosen = choose_split(tree, true, INT64_MAX);
       if (chosen) break;

@@ -76,7 +76,7 @@ class Packer {
   };
 
   void link(const SegmentTree& tree);
-  void choose_costs(const SegmentTree& tree, int64_t part_ps);
+  void choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced);
   void choose_packs(const SegmentTree& tree);
   std::optional<Split> choose_split(const SegmentTree& tree, bool shared, int64_t give_up_ps);
   void apply(const SegmentTree& tree, const Split& split);

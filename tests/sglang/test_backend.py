@@ -137,6 +137,8 @@ class Fixture:
 @pytest.fixture
 def fixture(monkeypatch):
     monkeypatch.setenv("PAT_SGLANG_VALIDATE", "1")
+    # The prompts are short: the cost model alone would not pack them.
+    monkeypatch.setenv("PAT_SGLANG_FORCE", "on")
     made = Fixture()
     assert made.active
     return made

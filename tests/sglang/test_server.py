@@ -180,7 +180,13 @@ def test_pat_answers_as_the_base_does(model: Path, tmp_path: Path) -> None:
         expected = serve_all(url)
         assert "pat" not in state_of(url)
     with server(
-        pat_log, model, "--attention-backend", "pat", PAT_SGLANG_STRICT="1", PAT_SGLANG_VALIDATE="1"
+        pat_log,
+        model,
+        "--attention-backend",
+        "pat",
+        PAT_SGLANG_STRICT="1",
+        PAT_SGLANG_FORCE="on",
+        PAT_SGLANG_VALIDATE="1",
     ) as url:
         answers = serve_all(url)
         state = state_of(url)
