@@ -93,6 +93,55 @@ class Forest:
         forest = cls(np.array(parent, np.int32), lengths)
         return forest, np.array(leaves, np.int32)
 
+    @classmethod
+    def from_slots(
+        cls, req_to_token: Int32Array, lens: Sequence[int] | Int32Array
+    ) -> tuple[Forest, Int32Array]:
+        """Forest of rows that begin with the same KV slots, found by comparing them: milliseconds.
+
+        For batches whose structure is not known but that share so much that, taken as private,
+        they would not fit.
+
+        Args:
+            req_to_token: int32 ``[rows, >= longest]``, slots of each row.
+            lens: ``[rows]``.
+
+        Returns:
+            ``(forest, leaf_of_row)`` as ``from_paths``.
+        """
+        # Neighbours in lexicographic order (big-endian bytes sort like numbers) share the longest
+        # prefixes, so a stack of open nodes is enough.
+        slots = [
+            np.asarray(line[:n], dtype=">u4") for line, n in zip(req_to_token, lens, strict=True)
+        ]
+        order = sorted(range(len(slots)), key=lambda row: slots[row].tobytes())
+        paths: list[list[tuple[Hashable, int, int]]] = [[] for _ in slots]
+        open_nodes: list[list[int]] = []  # [begin, end, first member in `order`]
+        closed: list[tuple[int, int, int, int]] = []  # begin, end, members [first, last)
+
+        def close_to(depth: int, member: int) -> None:
+            while open_nodes and open_nodes[-1][1] > depth:
+                begin, end, first = open_nodes.pop()
+                cut = max(begin, depth)
+                closed.append((cut, end, first, member))
+                if begin < depth:
+                    open_nodes.append([begin, depth, first])
+
+        for member in range(1, len(order)):
+            a, b = slots[order[member - 1]], slots[order[member]]
+            size = min(a.size, b.size)
+            differ = np.flatnonzero(a[:size] != b[:size])
+            shared = int(differ[0]) if differ.size else size
+            close_to(shared, member)
+            above = open_nodes[-1][1] if open_nodes else 0
+            if shared > above:
+                open_nodes.append([above, shared, member - 1])
+        close_to(0, len(order))
+        for index, (begin, end, first, last) in enumerate(sorted(closed)):
+            for row in order[first:last]:
+                paths[row].append((index, begin, end))
+        return cls.from_paths(paths)
+
     def topological_order(self) -> list[int]:
         """Node indices, every parent before its children, otherwise by index.
 

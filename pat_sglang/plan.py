@@ -16,7 +16,7 @@ from ._types import Int32Array
 from .cost import TILES, cost_model_for
 from .forest import Forest
 from .host import HostPlanner
-from .layout import Capacity, PlanTables, capacity_for
+from .layout import Capacity, CapacityError, PlanTables, capacity_for
 from .packing import MAX_HORIZON, Shape
 
 RING = 4  # pinned upload buffers: the scheduler runs at most a step or two ahead of the device
@@ -278,7 +278,8 @@ class DecodePlanner:
 
         Raises:
             ValueError: more rows than ``max_rows``, or inconsistent input.
-            CapacityError: more unique tokens than ``max_tokens`` and headroom hold.
+            CapacityError: more unique tokens than ``max_tokens`` and headroom hold, also after
+                looking for shared slots in ``req_to_token`` itself.
         """
         started = time.perf_counter()
         lens = np.array(
@@ -295,7 +296,15 @@ class DecodePlanner:
         staging = self._ring[self._turn]
         if self._events:
             self._events[self._turn].synchronize()  # returns at once unless RING plans are ahead
-        count = self.host.plan(forest, leaves, lens, staging.numpy())
+        try:
+            count = self.host.plan(forest, leaves, lens, staging.numpy())
+        except CapacityError:
+            # The rows hold more tokens than the pool has slots, so they share some that the caller
+            # knows nothing of. Rare and slow (it waits for the device), but served.
+            indices = req_pool_indices[:rows].long()
+            table = req_to_token[indices, : int(lens.max(initial=0))].cpu().numpy()
+            forest, leaves = Forest.from_slots(table, lens)
+            count = self.host.plan(forest, leaves, lens, staging.numpy())
         plan = self._plan
         plan.host_words = staging.numpy()[:count]
         plan.words[:count].copy_(staging[:count], non_blocking=True)

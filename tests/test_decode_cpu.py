@@ -198,6 +198,33 @@ def test_bad_planner_arguments(change, message):
         DecodePlanner(**{**arguments, **change})
 
 
+def test_sharing_nobody_told_of_is_found_when_it_does_not_fit():
+    forest, leaves = Forest(np.array([-1, 0]), np.array([900, 300])), np.array([1, 1, 0] * 8)
+    lens = np.array([1210, 1204, 930] * 8)
+    case = case_for((4, 2, 16), forest, leaves, lens)
+    planner = DecodePlanner(
+        num_q_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu",
+        max_rows=24, max_tokens=1500, sharing="on",
+    )  # fmt: skip
+    case.forest, case.leaf_of_row = Forest.empty(), np.full(24, -1)
+    plan = check(planner, case)
+    assert plan.stats.unique_tokens == 900 + 300 + 8 * (10 + 4 + 30)
+    assert plan.stats.shared_segments > 0
+
+
+def test_forest_from_slots_finds_every_shared_slot():
+    rng = np.random.default_rng(8)
+    planner = planner_for((4, 4, 16))
+    for seed in range(40):
+        case = case_for((4, 4, 16), *random_forest(rng, int(rng.integers(1, 20))), seed=seed)
+        table = case.req_to_token[case.req_pool_indices].numpy()
+        lens = case.seq_lens.numpy()
+        distinct = {int(s) for row, n in zip(table, lens, strict=True) for s in row[:n]}
+        case.forest, case.leaf_of_row = Forest.from_slots(table, lens)
+        plan = check(planner, case)
+        assert plan.stats.unique_tokens == len(distinct)
+
+
 def test_too_many_rows_and_too_many_tokens():
     planner = planner_for((4, 4, 16))
     lens = torch.ones(65, dtype=torch.int64)
