@@ -162,6 +162,8 @@ class PatMixin(AttentionBackend):
         if save_kv_cache and k is not None:
             pool.set_kv_buffer(layer, compat.kv_write_loc(forward_batch), k, v)
         q = q.reshape(-1, num_q_heads, head_dim)
+        if q.stride()[1:] != (head_dim, 1) or q.stride(0) % 8 or q.data_ptr() % 16:
+            q = q.contiguous()  # the kernels load 16 bytes at a time
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         pat_decode(
             q,
@@ -216,9 +218,11 @@ class PatMixin(AttentionBackend):
     def _pat_plan(self, forward_batch: Any, rows: int, *, real: bool) -> None:
         """Bring every plan up to this step; ``rows``: live rows, without padding."""
         state = self._pat
-        structure = state.feed.take(rows) if real else None
         if real:
+            structure = state.feed.take(rows)
             state.feed.check_fired()
+        else:  # padded beyond what a plan holds, and nobody reads the output
+            structure, rows = None, min(rows, state.max_rows)
         lens = self._pat_host_lens(forward_batch, rows, structure)
         step = {
             "host_lens": lens,
@@ -250,13 +254,14 @@ class PatMixin(AttentionBackend):
     def _pat_host_lens(
         self, forward_batch: Any, rows: int, structure: BatchStructure | None
     ) -> Int32Array:
-        """[rows] sequence lengths on the host, without a device synchronisation."""
+        """[rows] sequence lengths on the host; only a step nobody knows synchronises for them."""
         lens = getattr(forward_batch, "seq_lens_cpu", None)
         if lens is not None:
             return lens[:rows].numpy().astype(np.int32)
         if structure is not None:
             return np.array([req.seqlen for req in structure.reqs], np.int32)
-        return np.full(rows, 1, np.int32)
+        # Guessed lengths would put true ones beyond the horizon.
+        return forward_batch.seq_lens[:rows].cpu().numpy().astype(np.int32)
 
     def _pat_count(self, structure: BatchStructure | None, *, real: bool, kept: bool) -> None:
         if not real:

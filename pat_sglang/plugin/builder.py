@@ -99,6 +99,12 @@ def extend(name: str, runner: Any, backend: Any) -> Any:
         state = _make_state(name, runner)
     except _Declined as declined:
         return decline(name, str(declined), backend)
+    except envs.EnvError:
+        raise
+    except Exception as error:  # an SGLang that differs from what was probed: the base still runs
+        logger.debug("pat-sglang: not active", exc_info=True)
+        first = (str(error).splitlines() or [""])[0]
+        return decline(name, f"{type(error).__name__}: {first}", backend)
     structure_feed = state.feed
     setattr(runner, feed.ATTRIBUTE, structure_feed)
     hooks.install_runtime(feed.on_init_new, on_internal_state)

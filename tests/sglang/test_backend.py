@@ -482,6 +482,31 @@ def test_queries_in_a_strided_view(fixture):
     assert torch.equal(strided, fixture.backend.forward_decode(q.clone(), None, None, layer, view))
 
 
+def test_queries_with_gaps_between_heads(fixture):
+    """A gate beside every query head leaves strides that the kernels do not take."""
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
+    batch = fixture.scheduler.decode(reqs)
+    for req in reqs:
+        fixture.prefill(req)
+    on_init_new(None, None, batch, fixture.runner)
+    view = fixture.forward_batch(batch)
+    fixture.backend.init_forward_metadata(view)
+    q = torch.randn(3, HEADS, 2 * HEAD_DIM)[:, :, :HEAD_DIM]
+    layer = fixture.layers[0]
+    gaps = fixture.backend.forward_decode(q, None, None, layer, view)
+    dense = q.reshape(3, HEADS * HEAD_DIM)
+    assert torch.equal(gaps, fixture.backend.forward_decode(dense, None, None, layer, view))
+
+
+def test_more_rows_than_planned_for_in_a_dummy_forward(fixture):
+    """Warm-up and data-parallel padding may bring more rows than there are request slots."""
+    view = fixture.forward_batch(fixture.scheduler.batch([], "DECODE"), padded_rows=40)
+    fixture.backend._pat.max_rows = 32
+    fixture.backend._pat_plan(view, 40, real=False)
+    (plan,) = fixture.backend._pat.plans.values()
+    assert plan.stats.rows == 32
+
+
 # -- declined at start ----------------------------------------------------------------------------
 
 
@@ -586,6 +611,12 @@ def test_no_compiler(monkeypatch, caplog):
     assert reason.startswith("BuildError: no CUDA toolkit found: set CUDA_HOME (")
 
 
+def test_a_seam_that_differs_from_what_was_probed(caplog):
+    fixture = Fixture()
+    del fixture.runner.model_config
+    assert declined(remade(fixture), caplog).startswith("AttributeError: ")
+
+
 def test_no_layer_of_the_model(caplog):
     fixture = Fixture()
     for layer in fixture.layers:
@@ -660,4 +691,4 @@ def test_host_lengths_without_a_mirror(fixture):
     fixture.backend.init_forward_metadata(view)
     fixture.base.init_forward_metadata(view)
     fixture.compare(fixture.layers[0], view, 2)
-    assert np.array_equal(fixture.backend._pat_host_lens(view, 2, None), [1, 1])
+    assert np.array_equal(fixture.backend._pat_host_lens(view, 2, None), view.seq_lens)
