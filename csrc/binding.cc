@@ -86,6 +86,21 @@ cudaStream_t current_stream(DLDevice device) {
   return static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
 }
 
+/// Makes a tensor's device the current one: the default stream belongs to whichever is current.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t device) {
+    check_cuda(cudaGetDevice(&before_), "reading the current device");
+    if (before_ != device) check_cuda(cudaSetDevice(device), "changing the current device");
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 /// SMs of the current device; the first call also prepares the kernels, before any capture.
 int32_t num_sms(int32_t device) {
   static std::once_flag once[kMaxDevices];
@@ -164,6 +179,7 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
       .group_size = num_q_heads / num_kv_heads,
       .scale_log2 = static_cast<float>(sm_scale * 1.4426950408889634),
   };
+  const DeviceGuard guard(device.device_id);
   const int32_t sms = num_sms(device.device_id);
   const cudaStream_t stream = current_stream(device);
   check_cuda(pat::launch_decode(params, sms, stream), "launching the forward kernel");
@@ -202,6 +218,7 @@ void fill(TensorView plan, TensorView slots, TensorView filled, TensorView live_
       .rows = static_cast<int32_t>(rows),
       .runs = static_cast<int32_t>(runs),
   };
+  const DeviceGuard guard(device.device_id);
   check_cuda(pat::launch_fill(params, current_stream(device)), "launching the fill kernel");
 }
 

@@ -39,6 +39,15 @@ def pat_decode(
             offending value.
     """
     planner = plan.planner
+    if k_cache.shape[1:2] != (planner.num_kv_heads,):
+        raise ValueError(
+            f"k_cache {tuple(k_cache.shape)} does not have the {planner.num_kv_heads} KV heads of "
+            "the plan"
+        )
+    if plan.stats is not None and q.shape[0] < plan.stats.rows:
+        raise ValueError(f"q has {q.shape[0]} rows, the plan {plan.stats.rows}")
+    if not sm_scale > 0:  # the running maximum is taken before scaling
+        raise ValueError(f"sm_scale {sm_scale} must be positive")
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if planner.module is None:

@@ -221,8 +221,7 @@ class DecodePlanner:
         self._plan = DecodePlan(self, capacity)
         pinned = self.device.type == "cuda"
         self._ring = [
-            torch.zeros(capacity.words, dtype=torch.int32, pin_memory=pinned)
-            for _ in range(RING if pinned else 1)
+            torch.zeros(capacity.words, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)
         ]
         self._events = [torch.cuda.Event() for _ in self._ring] if pinned else []
         self._turn = 0
@@ -292,10 +291,10 @@ class DecodePlanner:
             forest, leaf_of_row = Forest.empty(), np.full(rows, -1, np.int32)
         leaves = np.ascontiguousarray(leaf_of_row, dtype=np.int32)
 
-        self._turn = (self._turn + 1) % len(self._ring)
-        staging = self._ring[self._turn]
+        turn = (self._turn + 1) % len(self._ring)
+        staging = self._ring[turn]
         if self._events:
-            self._events[self._turn].synchronize()  # returns at once unless RING plans are ahead
+            self._events[turn].synchronize()  # returns at once unless RING plans are ahead
         try:
             count = self.host.plan(forest, leaves, lens, staging.numpy())
         except CapacityError:
@@ -309,7 +308,8 @@ class DecodePlanner:
         plan.host_words = staging.numpy()[:count]
         plan.words[:count].copy_(staging[:count], non_blocking=True)
         if self._events:
-            self._events[self._turn].record()
+            self._events[turn].record(torch.cuda.current_stream(self.device))
+        self._turn = turn  # a batch that was refused leaves the current plan's words alone
         self._tensors = (seq_lens, req_to_token, req_pool_indices)
         self._planned_lens = lens
         self._steps = 0

@@ -225,6 +225,32 @@ def test_forest_from_slots_finds_every_shared_slot():
         assert plan.stats.unique_tokens == len(distinct)
 
 
+def test_bad_decode_arguments():
+    case = case_for((4, 2, 16), Forest.empty(), np.full(3, -1), np.array([5, 9, 2]))
+    plan = check(planner_for((4, 2, 16)), case)
+    good = {"q": case.q, "k_cache": case.k_cache, "v_cache": case.v_cache, "sm_scale": 1.0}
+    for change, message in [
+        ({"q": case.q[:2]}, "q has 2 rows"),
+        ({"k_cache": case.k_cache[:, :1], "v_cache": case.v_cache[:, :1]}, "the 2 KV heads"),
+        ({"sm_scale": 0.0}, "must be positive"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pat_decode(**{**good, **change}, plan=plan)
+
+
+def test_a_refused_batch_leaves_the_plan_alone():
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]))
+    planner = planner_for((4, 4, 16))
+    plan = check(planner, case)
+    for _ in range(6):
+        with pytest.raises(ValueError, match="leaf_of_row"):
+            planner.plan(
+                Forest.empty(), np.array([3, 3]), case.seq_lens.numpy(), case.seq_lens,
+                case.req_to_token, case.req_pool_indices,
+            )  # fmt: skip
+    check_output(plan, case)
+
+
 def test_too_many_rows_and_too_many_tokens():
     planner = planner_for((4, 4, 16))
     lens = torch.ones(65, dtype=torch.int64)

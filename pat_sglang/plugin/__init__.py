@@ -9,10 +9,24 @@ the wrapped builder, in a scheduler process that was asked for PAT (builder.py).
 
 from __future__ import annotations
 
+import logging
+
+from pat_sglang import envs
+
 
 def register() -> None:
     """Make ``--attention-backend pat`` and ``PAT_SGLANG=1`` work. Idempotent."""
-    from . import builder, hooks, server_args
+    try:
+        from . import builder, hooks, server_args
+    except ImportError as error:  # SGLang's loader would leave a traceback and "invalid choice"
+        if envs.STRICT.get():
+            raise
+        logging.getLogger(__name__).error(
+            "pat-sglang does not fit this SGLang (%s), decode stays on SGLang's own backends: "
+            "install sglang 0.5.17, or drop `--attention-backend pat`",
+            error,
+        )
+        return
 
     server_args.accept_name()
     hooks.install_translation(server_args.translate_hook)

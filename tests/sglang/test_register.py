@@ -237,3 +237,17 @@ def test_bad_command_lines_are_one_line():
     for args in (("explain", "1,3,8_1,1,1"), ("build", "--arch", "7.5")):
         status, _, err = command(*args)
         assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+
+
+def test_an_sglang_without_our_interfaces_gets_one_line(monkeypatch, caplog):
+    import sys
+
+    from pat_sglang.plugin import register
+
+    monkeypatch.setitem(sys.modules, "pat_sglang.plugin.builder", None)  # as if its import failed
+    monkeypatch.delattr("pat_sglang.plugin.builder", raising=False)
+    register()
+    assert [r.getMessage().count("does not fit this SGLang") for r in caplog.records] == [1]
+    monkeypatch.setenv("PAT_SGLANG_STRICT", "1")
+    with pytest.raises(ImportError):
+        register()
