@@ -204,6 +204,7 @@ void fill(TensorView plan, TensorView slots, TensorView filled, TensorView live_
     TVM_FFI_THROW(ValueError) << "the plan has " << rows << " rows, but req_pool_indices has "
                               << req_pool_indices.size(0) << " and seq_lens " << seq_lens.size(0);
   }
+  if (rows == 0) return;
   const pat::FillParams params{
       .plan = static_cast<const int32_t*>(plan.data_ptr()),
       .slots = static_cast<int32_t*>(slots.data_ptr()),
