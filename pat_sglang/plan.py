@@ -45,6 +45,11 @@ class PlanStats:
     plan_us: float
 
     @property
+    def tokens_saved(self) -> int:
+        """KV tokens the plan reads less than a kernel that knows no prefixes."""
+        return self.unshared_tokens - self.planned_tokens
+
+    @property
     def unique_kv_bytes(self) -> int:
         """Bytes of KV that must be read at least."""
         return self.unique_tokens * self.token_bytes
@@ -58,6 +63,23 @@ class PlanStats:
     def planned_kv_bytes(self) -> int:
         """Bytes of KV the plan's work items read."""
         return self.planned_tokens * self.token_bytes
+
+
+def explain(stats: PlanStats, words: Int32Array) -> str:
+    """The packed forest and the work items of a plan, as text."""
+    tables = PlanTables.parse(words)
+    saved = 1 - stats.planned_tokens / max(stats.unshared_tokens, 1)
+    lines = [
+        f"{stats.rows} rows: {stats.unshared_tokens} KV tokens without sharing, "
+        f"{stats.unique_tokens} unique, {stats.planned_tokens} read ({saved:.1%} saved)",
+        f"{len(tables.runs)} shared segments (position, length, parent):",
+    ]
+    lines += [
+        f"  s{i}: [{begin}, {begin + length}) under {'root' if parent < 0 else f's{parent}'}"
+        for i, (_, length, parent, begin) in enumerate(tables.runs.tolist())
+    ]
+    lines.append(f"work items per KV head: {stats.items}, {stats.partial_slots} partials")
+    return "\n".join(lines)
 
 
 class DecodePlan:
@@ -112,21 +134,7 @@ class DecodePlan:
 
     def explain(self) -> str:
         """The packed forest and the work items, as text."""
-        if self.stats is None:
-            return "no plan yet"
-        stats, tables = self.stats, self.tables
-        saved = 1 - stats.planned_tokens / max(stats.unshared_tokens, 1)
-        lines = [
-            f"{stats.rows} rows: {stats.unshared_tokens} KV tokens without sharing, "
-            f"{stats.unique_tokens} unique, {stats.planned_tokens} read ({saved:.1%} saved)",
-            f"{len(tables.runs)} shared segments (position, length, parent):",
-        ]
-        lines += [
-            f"  s{i}: [{begin}, {begin + length}) under {'root' if parent < 0 else f's{parent}'}"
-            for i, (_, length, parent, begin) in enumerate(tables.runs.tolist())
-        ]
-        lines.append(f"work items per KV head: {stats.items}, {stats.partial_slots} partials")
-        return "\n".join(lines)
+        return "no plan yet" if self.stats is None else explain(self.stats, self.host_words)
 
     def validate(
         self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor

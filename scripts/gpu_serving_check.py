@@ -381,7 +381,7 @@ class Family:
             for name, of in self.result.get(what, {}).items():
                 shown = {k: float(f"{v:.3g}") for k, v in of.items()}
                 print(f"  {what:<9} {name:<10} {shown}")
-        state = {k: v for k, v in self.result.get("pat", {}).items() if k != "last_plan"}
+        state = {k: v for k, v in self.result.get("pat", {}).items() if k != "best_plan"}
         print(f"  counters  {state}")
         print("  " + ("; ".join(self.result["problems"]) or "within noise"), flush=True)
 

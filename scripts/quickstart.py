@@ -17,13 +17,12 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,26 +224,6 @@ def server_arguments(model: Path, device: str, base: str | None, backend: str) -
     return arguments
 
 
-@contextmanager
-def watching_plans(server: Server) -> Iterator[list[str]]:
-    """Collect the plans in force meanwhile: the last one, of the last row, shares nothing."""
-    plans: list[str] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            with suppress(OSError, RuntimeError):
-                plans.append(str(pat_state(server).get("last_plan") or ""))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield plans
-    finally:
-        done.set()
-        thread.join()
-
-
 def pat_state(server: Server) -> dict[str, Any]:
     """What the plug-in counted, from /get_server_info."""
     states = server.call("/get_server_info").get("internal_states") or [{}]
@@ -268,18 +247,15 @@ def problems_of(state: dict[str, Any]) -> list[str]:
     return found
 
 
-def show(
-    workload: Workload, answers: Sequence[Answer], state: dict[str, Any], plans: Sequence[str]
-) -> None:
+def show(workload: Workload, answers: Sequence[Answer], state: dict[str, Any]) -> None:
     print("\nAnswers (from the server with PAT)")
     for question, answer in zip(workload.questions, answers, strict=True):
         asked = question.rpartition("uestion: ")[2]
         text = " ".join(answer.text.split())
         print(f"  {asked}")
         print(textwrap.indent(textwrap.fill(text, 92), "      "))
-    largest = max(plans, key=len, default="") or "not reported by the plug-in"
-    print("\nForest that was packed (the largest plan that was seen)")
-    print(textwrap.indent(largest, "  "))
+    print("\nForest that was packed (the plan that saved the most)")
+    print(textwrap.indent(state.get("best_plan", "not reported by the plug-in"), "  "))
     planned, unshared = state.get("planned_kv_tokens", 0), state.get("unshared_kv_tokens", 0)
     made, kept = state.get("plans_made", 0), state.get("plans_kept", 0)
     print(f"\nKV reads, over {made + kept} decode steps ({made} plans made, {kept} steps kept one)")
@@ -339,11 +315,10 @@ def run(options: argparse.Namespace, logs: Path) -> bool:
         if not cpu:
             base_runs += [workload.run(server), workload.run(server, concurrent=False)]
     with serving(start("pat"), patience) as server:
-        with watching_plans(server) as plans:
-            answers = workload.run(server)
+        answers = workload.run(server)
         state = pat_state(server)
 
-    show(workload, answers, state, plans)
+    show(workload, answers, state)
     print("\nComparison")
     same = verdict_cpu(*base_runs, answers) if cpu else verdict_gpu(*base_runs, answers)
     problems = problems_of(state)

@@ -32,7 +32,7 @@ from .feed import StructureFeed
 from .structure import BatchStructure, Int32Array
 
 if TYPE_CHECKING:
-    from pat_sglang import DecodePlan
+    from pat_sglang import DecodePlan, PlanStats
 
 # The forest of a batch that shares nothing: one node of no tokens, below no row.
 _NO_NODES = Forest(np.array([-1], np.int32), np.array([0], np.int32))
@@ -57,6 +57,7 @@ class PatState:
     captured: bool = False  # some decode layer was captured or warmed up for capture
     capturing: bool = False
     in_base: bool = False  # the base is preparing its metadata; its own nested calls are not ours
+    best: tuple[PlanStats, Int32Array] | None = None  # the plan that saved the most, to explain
     base_pending: Any = None  # eager batch whose base metadata has not been prepared
 
 
@@ -272,8 +273,13 @@ class PatMixin(AttentionBackend):
             METRICS.count_reason("no_sharing", "the hook did not see this step")
         elif structure.no_sharing is not None:
             METRICS.count_reason("no_sharing", structure.no_sharing)
-        stats = next(iter(self._pat.plans.values())).stats
+        plan = next(iter(self._pat.plans.values()))
+        stats = plan.stats
         assert stats is not None
+        if not kept and (
+            self._pat.best is None or stats.tokens_saved > self._pat.best[0].tokens_saved
+        ):
+            self._pat.best = stats, plan.host_words.copy()
         METRICS.count("shared_segments", stats.shared_segments)
         METRICS.count("planned_kv_tokens", stats.planned_tokens)
         METRICS.count("unshared_kv_tokens", stats.unshared_tokens)

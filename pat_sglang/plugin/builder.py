@@ -18,6 +18,7 @@ import torch
 import pat_sglang
 from pat_sglang import envs
 from pat_sglang.metrics import METRICS
+from pat_sglang.plan import explain
 
 from . import compat, eligibility, feed, hooks, server_args
 
@@ -132,8 +133,8 @@ def decline(name: str, reason: str, backend: Any) -> Any:
 def on_internal_state(result: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER hook on Scheduler.get_internal_state: the `pat` block of /get_server_info."""
     block = {"version": pat_sglang.__version__, **METRICS.as_dict()}
-    if plans := [plan.explain() for state in _live[-1:] for plan in state.plans.values()]:
-        block["last_plan"] = plans[0]
+    if _live and _live[-1].best is not None:
+        block["best_plan"] = explain(*_live[-1].best)
     result.internal_state["pat"] = block
 
 
