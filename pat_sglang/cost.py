@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     tokens: int
 
 
-# NOTE: csrc/device/config.cuh and csrc/host/planner.h list the same tiles in the same order.
+# NOTE: csrc/plan_layout.h lists the same tiles in the same order.
 TILES = (Tile(16, 32), Tile(32, 64), Tile(64, 128), Tile(128, 64))
 
 

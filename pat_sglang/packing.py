@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Segments -> packs -> work items: which rows read which KV run together, and how it is cut.
 
-This is the readable oracle of ``csrc/host/planner.cc``; both give equal words for equal input
-(tests/test_planner_cc.py). All arithmetic is on integers.
+This is the readable oracle of ``csrc/host``; both give equal words for equal input
+(tests/test_planner.py). All arithmetic is on integers.
 
 A *pack* is a set of rows and a range of token positions ``[start, end)`` on the path they share;
 the range may span several consecutive segments (levels that were merged). Every row also has one
