@@ -13,6 +13,7 @@ COUNTERS = {
     "hook_fired": "forwards seen by the structure hook",
     "plans_made": "decode steps that made a new plan",
     "plans_kept": "decode steps that kept the plan (one launch, no upload)",
+    "slots_compared": "plans that had to find sharing by comparing slots, since nobody told of it",
     "dummy_plans": "warm-up, capture and idle steps, planned without sharing",
     "shared_segments": "shared segments packed, summed over decode steps",
     "planned_kv_tokens": "KV tokens the plans read, summed over decode steps",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .forest import Forest
 from .host import HostPlanner
 from .layout import Capacity, CapacityError, PlanTables, capacity_for
 from .packing import MAX_HORIZON, Shape
+
+logger = logging.getLogger("pat_sglang")
 
 RING = 4  # pinned upload buffers: the scheduler runs at most a step or two ahead of the device
 LAG = 8  # tokens by which host lengths may lag behind the device
@@ -41,6 +44,7 @@ class PlanStats:
     splits: int
     coarsened: int
     sharing: bool
+    slots_compared: bool  # sharing nobody told of had to be found to make the batch fit
     predicted_us: float
     plan_us: float
 
@@ -233,6 +237,7 @@ class DecodePlanner:
         ]
         self._events = [torch.cuda.Event() for _ in self._ring] if pinned else []
         self._turn = 0
+        self._warned = False
         self._planned_lens = np.zeros(0, np.int32)
         self._steps = 0
         self._tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -289,9 +294,8 @@ class DecodePlanner:
                 looking for shared slots in ``req_to_token`` itself.
         """
         started = time.perf_counter()
-        lens = np.array(
-            host_lens, dtype=np.int32
-        )  # a copy: callers count their lengths up in place
+        # A copy: callers count their lengths up in place.
+        lens = np.array(host_lens, dtype=np.int32)
         rows = lens.size
         if rows > self.max_rows:
             raise ValueError(f"the batch has {rows} rows, the planner was made for {self.max_rows}")
@@ -303,11 +307,16 @@ class DecodePlanner:
         staging = self._ring[turn]
         if self._events:
             self._events[turn].synchronize()  # returns at once unless RING plans are ahead
+        slots_compared = False
         try:
             count = self.host.plan(forest, leaves, lens, staging.numpy())
-        except CapacityError:
+        except CapacityError as error:
             # The rows hold more tokens than the pool has slots, so they share some that the caller
             # knows nothing of. Rare and slow (it waits for the device), but served.
+            slots_compared = True
+            if not self._warned:
+                self._warned = True
+                logger.warning("pat_sglang: comparing the slots of all rows, slowly: %s", error)
             indices = req_pool_indices[:rows].long()
             table = req_to_token[indices, : int(lens.max(initial=0))].cpu().numpy()
             forest, leaves = Forest.from_slots(table, lens)
@@ -322,7 +331,7 @@ class DecodePlanner:
         self._planned_lens = lens
         self._steps = 0
         self._fill(fresh=True)
-        plan.stats = self._stats(plan, lens, time.perf_counter() - started)
+        plan.stats = self._stats(plan, lens, slots_compared, time.perf_counter() - started)
         return plan
 
     def advance(
@@ -408,7 +417,9 @@ class DecodePlanner:
                 plan.slots[slot + have - begin : slot + end - begin] = line[have:end]
                 plan.filled[row] = end
 
-    def _stats(self, plan: DecodePlan, lens: Int32Array, seconds: float) -> PlanStats:
+    def _stats(
+        self, plan: DecodePlan, lens: Int32Array, slots_compared: bool, seconds: float
+    ) -> PlanStats:
         tables = plan.tables
         header = tables.header
         counts = header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + len(TILES)].tolist()
@@ -430,6 +441,7 @@ class DecodePlanner:
             splits=int(header[layout.H_SPLITS]),
             coarsened=int(header[layout.H_COARSENED]),
             sharing=bool(header[layout.H_SHARING]),
+            slots_compared=slots_compared,
             predicted_us=int(header[layout.H_PREDICTED_NS]) / 1e3,
             plan_us=seconds * 1e6,
         )

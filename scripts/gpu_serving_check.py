@@ -29,22 +29,19 @@ import argparse
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gpu_common as common
 import numpy as np
 from gpu_common import Row
 from prompts import GROUPS, SYSTEM
+from server import Server
 
 RUNS = 2
 NEW_TOKENS = (32, 48, 64, 96, 128)  # requests leave the batch at different times
@@ -63,51 +60,8 @@ class Answer:
     cached: int
 
 
-class Server:
-    """One SGLang server process and its whole process group."""
-
-    def __init__(
-        self, name: str, arguments: Sequence[str], environment: dict[str, str], folder: Path
-    ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.name, self.url = name, f"http://127.0.0.1:{port}"
-        self.log = folder / f"{name.replace('+', '-')}.log"
-        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        with self.log.open("w") as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,  # not the repository: a base server must not see the plug-in
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def wait(self, patience: float) -> float:
-        """Seconds until it answered."""
-        begin = time.monotonic()
-        while time.monotonic() - begin < patience:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended with {self.process.returncode}")
-            try:
-                self.call("/health", timeout=5)
-                return time.monotonic() - begin
-            except OSError:
-                time.sleep(0.5)
-        raise RuntimeError(f"{self.name} did not answer within {patience:.0f} s")
-
-    def call(self, path: str, body: Row | None = None, timeout: float = 600) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data=data, headers={"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            text = response.read().decode()
-        return json.loads(text) if text.startswith(("{", "[")) else text
+class Scored(Server):
+    """A server that is asked for answers and for scores."""
 
     def flush(self) -> None:
         for _ in range(50):
@@ -149,20 +103,6 @@ class Server:
             scores.append([entry[0] for entry in entries])
         return scores
 
-    def pat_state(self) -> Row:
-        states = self.call("/get_server_info").get("internal_states") or [{}]
-        return states[0].get("pat") or {}
-
-    def stop(self) -> None:
-        for how, patience in ((signal.SIGTERM, 8), (signal.SIGKILL, 8)):
-            try:
-                os.killpg(self.process.pid, how)
-                self.process.wait(patience)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
-
 
 class Workload:
     """The requests, as tokens."""
@@ -186,7 +126,7 @@ class Workload:
             self.prompts.append(tokenizer.encode(text, add_special_tokens=False))
         self.new_tokens = [NEW_TOKENS[i % len(NEW_TOKENS)] for i in range(answers)]
 
-    def run(self, server: Server, new_tokens: list[int]) -> list[Answer]:
+    def run(self, server: Scored, new_tokens: list[int]) -> list[Answer]:
         """Two waves on an empty prefix cache; the second finds the first decoding."""
         server.flush()
         half = 2 * len(self.prompts) // 3
@@ -196,12 +136,12 @@ class Workload:
             second = pool.submit(server.generate, self.prompts[half:], new_tokens[half:])
             return first.result() + second.result()
 
-    def score_prompts(self, server: Server) -> list[list[float]]:
+    def score_prompts(self, server: Scored) -> list[list[float]]:
         some = self.prompts[:16]
         server.flush()
         return server.score(some, [0] * len(some))
 
-    def rescore(self, server: Server, answers: Sequence[Answer]) -> list[float]:
+    def rescore(self, server: Scored, answers: Sequence[Answer]) -> list[float]:
         """Differences between an answer's log-probabilities and `server`'s prefill of it."""
         inputs = [p + a.tokens for p, a in zip(self.prompts, answers, strict=True)]
         starts = [len(prompt) - 1 for prompt in self.prompts]
@@ -324,10 +264,16 @@ class Family:
     def __init__(self, base: str, options: argparse.Namespace, folder: Path) -> None:
         self.base, self.options = base, options
         self.result: Row = {"base": base}
-        self.servers: dict[str, Server] = {}
+        self.servers: dict[str, Scored] = {}
         for name, backend, with_pat in ((base, base, False), (f"pat+{base}", "pat", True)):
             environment = environment_of(options, base, with_pat)
-            self.servers[name] = Server(name, arguments_of(options, backend), environment, folder)
+            self.servers[name] = Scored(
+                name,
+                arguments_of(options, backend),
+                environment,
+                folder / f"{name.replace('+', '-')}.log",
+                cwd=folder,  # not the repository: a base server must not see the plug-in
+            )
 
     def measure(self, workload: Workload) -> None:
         plain, pat = self.servers.values()

@@ -8,12 +8,9 @@ beginning of the question, and every one ends differently.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -29,6 +26,7 @@ from typing import Any
 
 import smollm2
 from prompts import GROUPS, SYSTEM
+from server import Server
 
 MIN_SYSTEM_TOKENS = 800
 CPU_LOGPROB_BOUND = 1e-3  # float32: rounding only
@@ -80,47 +78,8 @@ def compare(left: Sequence[Answer], right: Sequence[Answer]) -> Difference:
     return Difference(equal, len(left), common, sum(len(a.tokens) for a in left), largest)
 
 
-class Server:
-    """One SGLang server process, from its start to its end."""
-
-    def __init__(self, name: str, arguments: Sequence[str], environment: dict[str, str], log: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.name, self.log, self.url = name, log, f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environment,
-                start_new_session=True,  # its workers are stopped with it, by their group
-            )
-
-    def wait(self, seconds: float) -> float:
-        """Wait until it answers; the seconds it took."""
-        begin = time.monotonic()
-        while time.monotonic() - begin < seconds:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the {self.name} server ended with {self.process.returncode}")
-            try:
-                self.call("/health", timeout=5)
-                return time.monotonic() - begin
-            except OSError:
-                time.sleep(0.5)
-        raise RuntimeError(f"the {self.name} server did not answer within {seconds:.0f} s")
-
-    def call(self, path: str, body: dict[str, Any] | None = None, timeout: float = 600) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data=data, headers={"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            text = response.read().decode()
-        return json.loads(text) if text.startswith(("{", "[")) else text
+class Answering(Server):
+    """A server that is asked one prompt at a time."""
 
     def generate(self, prompt: list[int], new_tokens: int) -> Answer:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens}
@@ -132,20 +91,9 @@ class Server:
         logprobs, tokens, *_ = zip(*meta["output_token_logprobs"], strict=True)
         return Answer(list(tokens), list(logprobs), reply["text"], meta["cached_tokens"])
 
-    def stop(self) -> None:
-        for how, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            try:
-                os.killpg(self.process.pid, how)
-                self.process.wait(patience)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
-        # The launcher may be gone before its workers are.
-
 
 @contextmanager
-def serving(server: Server, patience: float) -> Iterator[Server]:
+def serving(server: Answering, patience: float) -> Iterator[Answering]:
     try:
         seconds = server.wait(patience)
         print(f"  {server.name}: ready after {seconds:.0f} s", flush=True)
@@ -180,7 +128,7 @@ class Workload:
         )
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def run(self, server: Server, concurrent: bool = True) -> list[Answer]:
+    def run(self, server: Answering, concurrent: bool = True) -> list[Answer]:
         """Ask everything of a server whose prefix cache is empty."""
         self.flush(server)
         server.generate(self.chat("Good morning!"), 1)  # puts the system prompt into the cache
@@ -225,10 +173,8 @@ def server_arguments(model: Path, device: str, base: str | None, backend: str) -
 
 
 def pat_state(server: Server) -> dict[str, Any]:
-    """What the plug-in counted, from /get_server_info."""
-    states = server.call("/get_server_info").get("internal_states") or [{}]
-    state = states[0].get("pat")
-    if not state:
+    """What the plug-in counted."""
+    if not (state := server.pat_state()):
         raise RuntimeError("/get_server_info has no `pat` block: the plug-in is not active")
     return state
 
@@ -305,10 +251,10 @@ def run(options: argparse.Namespace, logs: Path) -> bool:
     # The first start on a GPU compiles kernels.
     patience = 300 if cpu else 900
 
-    def start(name: str) -> Server:
+    def start(name: str) -> Answering:
         arguments = server_arguments(model, options.device, base, name)
         environment = {"PAT_SGLANG_BASE": base} if base and name == "pat" else {}
-        return Server(name, arguments, environment, logs / f"{name}.log")
+        return Answering(name, arguments, os.environ | environment, logs / f"{name}.log")
 
     with serving(start("base"), patience) as server:
         base_runs = [workload.run(server)]

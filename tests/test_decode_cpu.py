@@ -208,6 +208,7 @@ def test_sharing_nobody_told_of_is_found_when_it_does_not_fit():
     )  # fmt: skip
     case.forest, case.leaf_of_row = Forest.empty(), np.full(24, -1)
     plan = check(planner, case)
+    assert plan.stats.slots_compared
     assert plan.stats.unique_tokens == 900 + 300 + 8 * (10 + 4 + 30)
     assert plan.stats.shared_segments > 0
 

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
+from pat_sglang._types import Int32Array
 from pat_sglang.decode import pat_decode
 from pat_sglang.forest import Forest
 from pat_sglang.metrics import METRICS
 
 from . import compat, eligibility
 from .feed import StructureFeed
-from .structure import BatchStructure, Int32Array
+from .structure import BatchStructure
 
 if TYPE_CHECKING:
     from pat_sglang import DecodePlan, PlanStats
@@ -280,6 +281,7 @@ class PatMixin(AttentionBackend):
             self._pat.best is None or stats.tokens_saved > self._pat.best[0].tokens_saved
         ):
             self._pat.best = stats, plan.host_words.copy()
+        METRICS.count("slots_compared", int(stats.slots_compared and not kept))
         METRICS.count("shared_segments", stats.shared_segments)
         METRICS.count("planned_kv_tokens", stats.planned_tokens)
         METRICS.count("unshared_kv_tokens", stats.unshared_tokens)

@@ -245,6 +245,7 @@ def _announce(name: str, runner: Any, state: PatState) -> None:
     device = state.req_to_token_pool.req_to_token.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (no kernels)"
     mib = sum(planner.workspace_bytes for planner in state.planners.values()) / (1 << 20)
+    native = all(planner.host.is_native for planner in state.planners.values())
     shapes = ", ".join(f"{hq}/{hkv} heads d{d}" for hq, hkv, d in state.planners)
     for gauge, value in (
         ("active", 1),
@@ -252,6 +253,7 @@ def _announce(name: str, runner: Any, state: PatState) -> None:
         ("gpu", gpu),
         ("kernels", f"{state.dtype} {shapes}"),
         ("workspace_mib", round(mib, 1)),
+        ("planner", "C++" if native else "Python, slow"),
     ):
         METRICS.gauge(gauge, value)
     logger.info(

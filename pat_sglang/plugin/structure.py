@@ -22,13 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pat_sglang import envs
+from pat_sglang._types import Int32Array
 from pat_sglang.forest import Forest
 
 from . import compat
 
 logger = logging.getLogger("pat_sglang")
-
-Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""An SGLang server as a subprocess, for the scripts that start one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+STOP_PATIENCE_S = 10.0
+
+
+class Server:
+    """One server process on a free port, with its whole process group.
+
+    Args:
+        name: for messages.
+        arguments: of ``sglang.launch_server``, without host and port.
+        environment: the complete environment.
+        log: file that gets stdout and stderr.
+        cwd: working folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        cwd: Path | None = None,
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.name, self.log, self.url = name, log, f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # its workers are stopped with it, by their group
+            )
+
+    def wait(self, patience: float) -> float:
+        """Wait until it answers; the seconds it took.
+
+        Raises:
+            RuntimeError: it ended, or did not answer in time.
+        """
+        begin = time.monotonic()
+        while time.monotonic() - begin < patience:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the {self.name} server ended with {self.process.returncode}")
+            try:
+                self.call("/health", timeout=5)
+                return time.monotonic() - begin
+            except OSError:
+                time.sleep(0.5)
+        raise RuntimeError(f"the {self.name} server did not answer within {patience:.0f} s")
+
+    def call(self, path: str, body: dict[str, Any] | None = None, timeout: float = 600) -> Any:
+        """GET, or POST of a JSON body; parsed JSON, or the text of an answer that is none."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data=data, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            text = response.read().decode()
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    def pat_state(self) -> dict[str, Any]:
+        """What the plug-in counted, from /get_server_info; empty when it is not there."""
+        states = self.call("/get_server_info").get("internal_states") or [{}]
+        return states[0].get("pat") or {}
+
+    def stop(self) -> None:
+        """End the whole process group; the launcher may be gone before its workers are."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, how)
+                self.process.wait(STOP_PATIENCE_S)
+            except ProcessLookupError:
+                return
+            except subprocess.TimeoutExpired:
+                continue
