@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// The forward kernel: persistent thread blocks over the plan's work list, largest tiles first.
+// The forward kernel: persistent thread blocks over the work list of the plan, tile by tile.
 //
 // Grid: kBlocksPerSm blocks an SM, fixed, whatever the plan; counts come from the plan on the
 // device, so a captured launch serves every later plan. A piece of work is (item, KV head), heads
-// of one item side by side because their K and V lie side by side in memory. A block works tile by
-// tile: whole-block units for the two wide tiles, units of two warps, units of one. Pieces are handed
+// of one item side by side because their K and V lie side by side in memory. A block takes one tile
+// after the other: whole-block units for the two wide ones, units of two warps, of one. Pieces are handed
 // out by one atomic counter a tile, heaviest item first; which unit computes a piece never changes
 // its result.
 #include "attention.cuh"
