@@ -16,20 +16,25 @@ struct TileShape {
 };
 
 /// Same tiles in the same order as TILES in pat_sglang/cost.py.
-inline constexpr int32_t kNumTiles = 4;
-inline constexpr TileShape kTiles[kNumTiles] = {{16, 32}, {32, 64}, {64, 128}, {128, 64}};
+inline constexpr int32_t kNumTiles = 3;
+inline constexpr TileShape kTiles[kNumTiles] = {{16, 16}, {64, 64}, {128, 64}};
+inline constexpr int32_t kFragmentRows = 16;  // query rows of one warp's MMA
 
-// Header: int32 [kHeaderWords]. Offsets are in words from the start of the plan.
+// Header: int32 [kHeaderWords]. Offsets are in words from the start of the plan; every table starts
+// at a multiple of kTableAlign.
 inline constexpr int32_t kHeaderWords = 32;
+inline constexpr int32_t kTableAlign = 4;
 inline constexpr int32_t kHeaderRows = 0;
 inline constexpr int32_t kHeaderHorizon = 1;
 inline constexpr int32_t kHeaderItemBegin = 2;  // [kNumTiles], first item of each tile
-inline constexpr int32_t kHeaderItemCount = 6;  // [kNumTiles], items of each tile
-inline constexpr int32_t kHeaderOffItems = 10;
-inline constexpr int32_t kHeaderOffEntries = 11;
-inline constexpr int32_t kHeaderOffRuns = 12;
-inline constexpr int32_t kHeaderOffReps = 13;
-inline constexpr int32_t kHeaderOffPartPtr = 14;
+inline constexpr int32_t kHeaderItemCount = 5;  // [kNumTiles], items of each tile
+inline constexpr int32_t kHeaderOffItems = 8;
+inline constexpr int32_t kHeaderOffEntries = 9;
+inline constexpr int32_t kHeaderOffRuns = 10;
+inline constexpr int32_t kHeaderOffFragments = 11;
+inline constexpr int32_t kHeaderOffSteps = 12;
+inline constexpr int32_t kHeaderOffPartPtr = 13;
+inline constexpr int32_t kHeaderOffMergeRows = 14;
 inline constexpr int32_t kHeaderOffTails = 15;
 inline constexpr int32_t kHeaderRuns = 16;
 inline constexpr int32_t kHeaderParts = 17;
@@ -42,17 +47,37 @@ inline constexpr int32_t kHeaderSplits = 23;
 inline constexpr int32_t kHeaderPlannedTokens = 24;
 inline constexpr int32_t kHeaderSharedPacks = 25;
 inline constexpr int32_t kHeaderPredictedNs = 26;
+inline constexpr int32_t kHeaderFragments = 27;
+inline constexpr int32_t kHeaderSteps = 28;
+inline constexpr int32_t kHeaderMergeRows = 29;
+inline constexpr int32_t kHeaderChains = 30;  // items with fragments
+inline constexpr int32_t kHeaderOffReps = 31;
 
 // Item: int32 [items, kItemWords], items of one tile side by side, heaviest first.
-inline constexpr int32_t kItemWords = 8;
-inline constexpr int32_t kItemFirstEntry = 0;    // entry of the first query row
-inline constexpr int32_t kItemHeadOffset = 1;    // head of the group of the first query row
-inline constexpr int32_t kItemQueryRows = 2;     // query rows of the item, at most the tile's
-inline constexpr int32_t kItemFirstSlot = 3;     // offset of the first run in the slot snapshot
-inline constexpr int32_t kItemFirstLength = 4;   // tokens of the first run (a bound for a tail)
-inline constexpr int32_t kItemNextRun = 5;       // run read after the first, -1: none
-inline constexpr int32_t kItemBeyond = 6;        // tokens read beyond the first run
-inline constexpr int32_t kItemTailPosition = 7;  // token position of a tail piece, -1: no tail
+// All rows of an item read its shared run: the first run, then upwards. The rows of a chain then read
+// what is their own, fragment by fragment.
+inline constexpr int32_t kItemWords = 12;
+inline constexpr int32_t kItemFirstEntry = 0;     // entry of the first query row
+inline constexpr int32_t kItemHeadOffset = 1;     // head of the group of the first query row
+inline constexpr int32_t kItemQueryRows = 2;      // query rows of the item, at most the tile's
+inline constexpr int32_t kItemFirstSlot = 3;      // offset of the first run in the slot snapshot
+inline constexpr int32_t kItemFirstLength = 4;    // tokens of the first run (a bound for a tail)
+inline constexpr int32_t kItemNextRun = 5;        // run read after the first, -1: none
+inline constexpr int32_t kItemBeyond = 6;         // tokens read beyond the first run
+inline constexpr int32_t kItemTailPosition = 7;   // token position of a tail piece, -1: no tail
+inline constexpr int32_t kItemFirstFragment = 8;  // fragment of the first 16 query rows, -1: no chain
+
+// Fragment: int32 [fragments, kFragmentWords], 16 query rows of a chain.
+inline constexpr int32_t kFragmentWords = 2;
+inline constexpr int32_t kFragmentFirstStep = 0;
+inline constexpr int32_t kFragmentNumSteps = 1;
+
+// Step: int32 [steps, kStepWords], one contiguous piece of the snapshot, read by some rows of a fragment.
+inline constexpr int32_t kStepWords = 4;
+inline constexpr int32_t kStepSlot = 0;          // offset in the slot snapshot
+inline constexpr int32_t kStepLength = 1;        // tokens (a bound for a tail)
+inline constexpr int32_t kStepRows = 2;          // query rows [lo, hi) of the fragment: lo | hi << 8
+inline constexpr int32_t kStepTailPosition = 3;  // as kItemTailPosition
 
 // Entry: int32 [entries, kEntryWords].
 inline constexpr int32_t kEntryWords = 2;
