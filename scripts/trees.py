@@ -222,7 +222,7 @@ def published(number: int) -> Tree:
 # Random forests
 
 
-class _Builder:
+class Builder:
     """Collects nodes and rows, then shuffles the rows."""
 
     def __init__(self, rng: np.random.Generator) -> None:
@@ -259,7 +259,7 @@ class _Builder:
         )
 
 
-def _uniform(b: _Builder, rows: int) -> None:
+def _uniform(b: Builder, rows: int) -> None:
     levels = int(b.rng.integers(1, 5))
     above = [-1] * int(b.rng.integers(1, 4))
     for _ in range(levels):
@@ -272,7 +272,7 @@ def _uniform(b: _Builder, rows: int) -> None:
         b.row(above[row % len(above)], tail)
 
 
-def _ragged(b: _Builder, rows: int) -> None:
+def _ragged(b: Builder, rows: int) -> None:
     for _ in range(int(b.rng.integers(1, 40))):
         above = int(b.rng.integers(-1, len(b.parent))) if b.parent else -1
         if above >= 0 and b.depth[above] > 3000:
@@ -283,7 +283,7 @@ def _ragged(b: _Builder, rows: int) -> None:
         b.row(int(b.rng.integers(-1, len(b.parent))), tail)
 
 
-def _rl_groups(b: _Builder, rows: int) -> None:
+def _rl_groups(b: Builder, rows: int) -> None:
     system = b.node(-1, b.log_int(16, 800))
     group = int(b.rng.choice([2, 4, 8, 16, 32]))
     prompt = -1
@@ -293,7 +293,7 @@ def _rl_groups(b: _Builder, rows: int) -> None:
         b.row(prompt, b.log_int(1, 900))
 
 
-def _agents(b: _Builder, rows: int) -> None:
+def _agents(b: Builder, rows: int) -> None:
     """A trunk of tools and system text; agents fork off it and carry long chains of short turns."""
     trunk = b.node(b.node(-1, b.log_int(100, 1500)), b.log_int(50, 500))
     agents = max(1, rows // int(b.rng.integers(2, 9)))
@@ -307,7 +307,7 @@ def _agents(b: _Builder, rows: int) -> None:
         b.row(tips[row % agents], b.log_int(1, 200))
 
 
-def _one_long(b: _Builder, rows: int) -> None:
+def _one_long(b: Builder, rows: int) -> None:
     """One row of 32K tokens among short ones, some of which share."""
     prefix = b.node(-1, b.log_int(8, 200))
     for _ in range(rows - 1):
@@ -315,7 +315,7 @@ def _one_long(b: _Builder, rows: int) -> None:
     b.row(prefix if b.rng.random() < 0.5 else -1, 32500 - int(b.rng.integers(0, 300)))
 
 
-def _all_shared(b: _Builder, rows: int) -> None:
+def _all_shared(b: Builder, rows: int) -> None:
     """Everything but a last token or so is shared by everybody."""
     node = b.node(-1, b.log_int(64, 8000))
     most = int(b.rng.integers(0, 3))
@@ -323,12 +323,12 @@ def _all_shared(b: _Builder, rows: int) -> None:
         b.row(node, int(b.rng.integers(0, most + 1)))
 
 
-def _nothing_shared(b: _Builder, rows: int) -> None:
+def _nothing_shared(b: Builder, rows: int) -> None:
     for _ in range(rows):
         b.row(-1, b.log_int(1, 1500))
 
 
-def _tails_from_zero(b: _Builder, rows: int) -> None:
+def _tails_from_zero(b: Builder, rows: int) -> None:
     """Requests whose whole prompt is cached: tails of length 0, at leaves and at inner nodes."""
     root = b.node(-1, b.log_int(16, 1200))
     inner = [b.node(root, b.log_int(1, 400)) for _ in range(int(b.rng.integers(1, 6)))]
@@ -337,7 +337,7 @@ def _tails_from_zero(b: _Builder, rows: int) -> None:
         b.row(int(b.rng.choice(places)), 0)
 
 
-def _duplicates(b: _Builder, rows: int) -> None:
+def _duplicates(b: Builder, rows: int) -> None:
     """The same prompt many times, with nodes that only one row reaches in between."""
     node = b.node(b.node(-1, b.log_int(1, 300)), b.log_int(1, 300))
     for row in range(rows):
@@ -345,19 +345,19 @@ def _duplicates(b: _Builder, rows: int) -> None:
         b.row(own, int(b.rng.integers(0, 40)))
 
 
-def _many_roots(b: _Builder, rows: int) -> None:
+def _many_roots(b: Builder, rows: int) -> None:
     roots = [b.node(-1, b.log_int(1, 1000)) for _ in range(max(1, rows // 3))]
     for _ in range(rows):
         b.row(int(b.rng.choice([-1, *roots])), b.log_int(1, 500))
 
 
-def _long_shared(b: _Builder, rows: int) -> None:
+def _long_shared(b: Builder, rows: int) -> None:
     node = b.node(b.node(-1, b.log_int(4000, 12000)), b.log_int(1, 3000))
     for _ in range(rows):
         b.row(node, b.log_int(1, 100))
 
 
-KINDS: dict[str, Callable[[_Builder, int], None]] = {
+KINDS: dict[str, Callable[[Builder, int], None]] = {
     "uniform": _uniform,
     "ragged": _ragged,
     "rl_groups": _rl_groups,
@@ -374,6 +374,6 @@ KINDS: dict[str, Callable[[_Builder, int], None]] = {
 
 def random_tree(kind: str, rows: int, seed: int) -> Tree:
     """A forest of one of KINDS with exactly `rows` rows, in random row order."""
-    builder = _Builder(np.random.default_rng([seed, *kind.encode()]))
+    builder = Builder(np.random.default_rng([seed, *kind.encode()]))
     KINDS[kind](builder, rows)
     return builder.tree(f"{kind}-r{rows}-s{seed}")
