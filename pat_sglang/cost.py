@@ -24,7 +24,12 @@ class Tile(NamedTuple):
 
 
 # NOTE: csrc/plan_layout.h lists the same tiles in the same order.
-TILES = (Tile(16, 32), Tile(32, 64), Tile(64, 128), Tile(128, 64))
+TILES = (Tile(16, 16), Tile(64, 64), Tile(128, 64))
+ALL_TILES = tuple(range(len(TILES)))
+FRAGMENT_ROWS = 16  # query rows of one warp's MMA: what a private step of a chain is computed for
+ITEM_WARPS = 4  # fragment f of a chain is computed by warp f % ITEM_WARPS
+
+PerTile = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -39,24 +44,26 @@ class CostModel:
         solo_item_ps: [tiles] solo time before the first token.
         solo_token_ps: [tiles] solo time a token.
         part_ps: SM time to write and merge one partial of one query row.
+        step_ps: SM time of one private step of a chain before its first token.
         provenance: where the numbers come from.
     """
 
     num_sms: int
-    item_ps: tuple[int, int, int, int]
-    token_ps: tuple[int, int, int, int]
-    reread_ps: tuple[int, int, int, int]
-    solo_item_ps: tuple[int, int, int, int]
-    solo_token_ps: tuple[int, int, int, int]
+    item_ps: PerTile
+    token_ps: PerTile
+    reread_ps: PerTile
+    solo_item_ps: PerTile
+    solo_token_ps: PerTile
     part_ps: int
+    step_ps: int
     provenance: str
 
     def scaled_to(self, head_dim: int) -> CostModel:
         """The model for another head dimension: everything that is bytes or FLOPs scales."""
 
-        def scale(values: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-            a, b, c, d = (max(1, v * head_dim // 128) for v in values)
-            return (a, b, c, d)
+        def scale(values: PerTile) -> PerTile:
+            a, b, c = (max(1, v * head_dim // 128) for v in values)
+            return (a, b, c)
 
         return CostModel(
             num_sms=self.num_sms,
@@ -66,6 +73,7 @@ class CostModel:
             solo_item_ps=self.solo_item_ps,
             solo_token_ps=scale(self.solo_token_ps),
             part_ps=max(1, self.part_ps * head_dim // 128),
+            step_ps=self.step_ps,
             provenance=self.provenance,
         )
 
@@ -79,38 +87,41 @@ class CostModel:
             *self.solo_item_ps,
             *self.solo_token_ps,
             self.part_ps,
+            self.step_ps,
         ]
 
 
 H100 = CostModel(
     num_sms=132,
-    item_ps=(400_000, 480_000, 3_200_000, 2_500_000),
-    token_ps=(22_500, 22_500, 22_500, 28_000),
-    reread_ps=(12_000, 12_000, 14_500, 28_000),
-    solo_item_ps=(1_800_000, 3_500_000, 5_000_000, 5_500_000),
-    solo_token_ps=(18_000, 38_000, 28_000, 50_000),
+    item_ps=(400_000, 900_000, 1_500_000),
+    token_ps=(22_500, 22_500, 22_500),
+    reread_ps=(12_000, 12_000, 12_000),
+    solo_item_ps=(2_000_000, 3_500_000, 4_500_000),
+    solo_token_ps=(18_000, 8_000, 12_000),
     part_ps=83_000,
-    provenance="H100 SXM 80 GB, 2026-11-22: bandwidth and tile rates measured, then coordinate "
-    "descent on measured time over 19 trees and 11 random forests at five head layouts",
+    step_ps=100_000,
+    provenance="estimates for the Hopper kernels; only bandwidth and partials are measured",
 )
 H200 = CostModel(
     num_sms=132,
     item_ps=H100.item_ps,
-    token_ps=(16_000, 16_000, 16_000, 28_000),
+    token_ps=(16_000, 16_000, 16_000),
     reread_ps=H100.reread_ps,
     solo_item_ps=H100.solo_item_ps,
     solo_token_ps=H100.solo_token_ps,
     part_ps=H100.part_ps,
+    step_ps=H100.step_ps,
     provenance="H100 constants with the copy bandwidth of an H200; not measured on H200",
 )
 A100 = CostModel(
     num_sms=108,
     item_ps=H100.item_ps,
-    token_ps=(30_000, 30_000, 36_000, 60_000),
-    reread_ps=(20_000, 20_000, 36_000, 60_000),
+    token_ps=(30_000, 30_000, 40_000),
+    reread_ps=(20_000, 25_000, 40_000),
     solo_item_ps=H100.solo_item_ps,
-    solo_token_ps=(24_000, 50_000, 45_000, 80_000),
+    solo_token_ps=(24_000, 30_000, 50_000),
     part_ps=120_000,
+    step_ps=H100.step_ps,
     provenance="scaled from H100 by bandwidth and tensor-core rate; not measured on A100",
 )
 
@@ -124,13 +135,15 @@ def cost_model_for(gpu_name: str, num_sms: int, head_dim: int) -> CostModel:
     return CostModel(**{**model.__dict__, "num_sms": num_sms})
 
 
-def tiles_of(query_rows: int) -> list[int]:
+def tiles_of(query_rows: int, allowed: tuple[int, ...] = ALL_TILES) -> list[int]:
     """Tile index of each work item a pack of ``query_rows`` needs: largest tiles, then the rest.
 
-    The largest tile comes first; the last one is the smallest that holds what is left.
+    The largest tile of ``allowed`` (ascending tile indices) comes first; the last one is the
+    smallest that holds what is left.
     """
-    full, rest = divmod(query_rows, TILES[-1].rows)
-    kinds = [len(TILES) - 1] * full
+    largest = allowed[-1]
+    full, rest = divmod(query_rows, TILES[largest].rows)
+    kinds = [largest] * full
     if rest:
-        kinds.append(next(k for k, tile in enumerate(TILES) if rest <= tile.rows))
+        kinds.append(next(k for k in allowed if rest <= TILES[k].rows))
     return kinds

@@ -22,7 +22,8 @@ class _Item:
     rows: torch.Tensor  # int64 [query rows]
     heads: torch.Tensor  # int64 [query rows], head of the group
     parts: torch.Tensor  # int64 [query rows], partial slot or -1
-    slots: torch.Tensor  # int64 [tokens], slots of the KV cache
+    # Query rows [lo, hi) and the slots of the KV cache they read, int64 [tokens].
+    steps: list[tuple[int, int, torch.Tensor]]
 
 
 def _resolve(plan: DecodePlan) -> list[_Item]:
@@ -35,9 +36,12 @@ def _resolve(plan: DecodePlan) -> list[_Item]:
     items = []
     for index in range(len(tables.items)):
         rows, heads, parts = zip(*tables.rows_of_item(index, group), strict=True)
-        snapshot = torch.from_numpy(tables.slots_of_item(index, lens))
-        slots = plan.slots[snapshot].long()
-        items.append(_Item(torch.tensor(rows), torch.tensor(heads), torch.tensor(parts), slots))
+        steps = [
+            (lo, hi, plan.slots[torch.from_numpy(offsets)].long())
+            for lo, hi, offsets in tables.steps_of_item(index, group, lens)
+            if offsets.size
+        ]
+        items.append(_Item(torch.tensor(rows), torch.tensor(heads), torch.tensor(parts), steps))
     plan._cpu_items = (plan.version, items)  # type: ignore[attr-defined]
     return items
 
@@ -72,25 +76,41 @@ def decode_cpu(
     partial_out = torch.zeros(parts, kv_heads, group, head_dim)
     partial_lse = torch.full((parts, kv_heads, group), -torch.inf)
     for item in _resolve(plan):
-        if item.slots.numel():
-            keys = k_cache[item.slots].float().permute(1, 2, 0)  # [kv_heads, d, tokens]
-            values = v_cache[item.slots].float().transpose(0, 1)  # [kv_heads, tokens, d]
-            tile = queries[item.rows, :, item.heads].transpose(0, 1)  # [kv_heads, query rows, d]
-            scores = tile @ keys * sm_scale
-            lse = torch.logsumexp(scores, dim=-1)  # [kv_heads, query rows]
-            value = (torch.exp(scores - lse[..., None]) @ values).transpose(0, 1)
-        else:
-            value = torch.zeros(len(item.rows), kv_heads, head_dim)
-            lse = torch.full((kv_heads, len(item.rows)), -torch.inf)
-        if int(item.parts[0]) < 0:
-            result[item.rows, :, item.heads] = value
-        else:
-            partial_out[item.parts, :, item.heads] = value
-            partial_lse[item.parts, :, item.heads] = lse.T
+        tile = queries[item.rows, :, item.heads].transpose(0, 1)  # [kv_heads, query rows, d]
+        value, lse = _attend(tile, item.steps, k_cache, v_cache, sm_scale)
+        direct = item.parts < 0
+        result[item.rows[direct], :, item.heads[direct]] = value[direct]
+        partial_out[item.parts[~direct], :, item.heads[~direct]] = value[~direct]
+        partial_lse[item.parts[~direct], :, item.heads[~direct]] = lse[~direct]
     if parts:
         _merge(plan, partial_out, partial_lse, result)
     result[:rows][plan.live_lens[:rows] < 0] = torch.nan  # outgrew the horizon unseen
     out.copy_(result.view(q.shape))
+
+
+def _attend(
+    tile: torch.Tensor,
+    steps: list[tuple[int, int, torch.Tensor]],
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[query rows, kv_heads, d]`` and log-sum-exp ``[query rows, kv_heads]`` of an item.
+
+    Each step's softmax is taken by itself and joined with what its rows have so far.
+    """
+    value = torch.zeros_like(tile)
+    lse = torch.full(tile.shape[:2], -torch.inf)
+    for lo, hi, slots in steps:
+        keys = k_cache[slots].float().permute(1, 2, 0)  # [kv_heads, d, tokens]
+        values = v_cache[slots].float().transpose(0, 1)  # [kv_heads, tokens, d]
+        scores = tile[:, lo:hi] @ keys * sm_scale
+        of_step = torch.logsumexp(scores, dim=-1)  # [kv_heads, hi - lo]
+        both = torch.logaddexp(lse[:, lo:hi], of_step)
+        value[:, lo:hi] *= torch.exp(lse[:, lo:hi] - both)[..., None]
+        value[:, lo:hi] += torch.exp(scores - both[..., None]) @ values
+        lse[:, lo:hi] = both
+    return value.transpose(0, 1), lse.T
 
 
 def _merge(

@@ -14,7 +14,7 @@ from ._types import Int32Array
 from .cost import CostModel
 from .forest import Forest, build_segment_tree
 from .layout import Capacity, CapacityError, lay_out
-from .packing import Shape, pack_rows
+from .packing import Search, Shape, pack_rows
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +29,29 @@ class HostPlanner:
         model: constants of the GPU.
         capacity: the fixed buffers.
         native: False: use the Python oracle without trying C++.
+        search: narrows what the Python oracle may choose from; needs ``native=False``.
 
     Attributes:
         is_native: whether the C++ planner is used.
+
+    Raises:
+        ValueError: a value of ``shape`` or ``model`` makes no sense, or ``search`` is given to C++.
     """
 
     def __init__(
-        self, shape: Shape, model: CostModel, capacity: Capacity, *, native: bool = True
+        self,
+        shape: Shape,
+        model: CostModel,
+        capacity: Capacity,
+        *,
+        native: bool = True,
+        search: Search | None = None,
     ) -> None:
-        self.shape, self.model, self.capacity = shape, model, capacity
+        if native and search is not None:
+            raise ValueError(
+                "search needs native=False: the C++ planner always searches everything"
+            )
+        self.shape, self.model, self.capacity, self.search = shape, model, capacity, search
         self._plan: Any = None
         self._describe_failure: Any = None
         module = _native_module() if native else None
@@ -94,7 +108,8 @@ class HostPlanner:
                 f"{self.capacity.rows}: raise max_rows"
             )
         tree = build_segment_tree(forest, leaves, lens)
-        words = lay_out(tree, pack_rows(tree, self.shape, self.model), self.shape, self.capacity)
+        packing = pack_rows(tree, self.shape, self.model, self.search)
+        words = lay_out(tree, packing, self.shape, self.capacity)
         if words.size > out.size:
             raise CapacityError(f"the plan has {words.size} words, the buffer holds {out.size}")
         out[: words.size] = words

@@ -5,23 +5,38 @@ This is the readable oracle of ``csrc/host``; both give equal words for equal in
 (tests/test_planner.py). All arithmetic is on integers.
 
 A *pack* is a set of rows and a range of token positions ``[start, end)`` on the path they share;
-the range may span several consecutive segments (levels that were merged). Every row also has one
-*tail* pack of its own, which starts where the last pack above it ended and grows while the row
-decodes. A pack is cut into tiles of query rows, and along the tokens into chunks.
+the range may span several consecutive segments (levels that were merged). A pack is cut into tiles
+of query rows, and along the tokens into chunks. Three kinds of packs cover all tokens of all rows:
+
+* A *plain* pack reads a shared run for all its rows.
+* A *chain* pack has all rows below its segment. It reads the run they share, and then, 16 query
+  rows (a *fragment*) at a time, everything below that run: each deeper segment and each tail is a
+  *step* of the fragments whose rows own it. The softmax state stays on the chip, so a row of a
+  chain that starts at position 0 has no partial. Rows are in depth-first order of the segments,
+  so that the rows of a segment lie side by side.
+* A *tail* pack has one row. It starts where the last pack above it ended and grows while the row
+  decodes. The tail of a row in a chain is a step of the chain, unless it is so long that it would
+  delay the chain: then it is *separated*, a tail pack like those of rows outside chains.
+
+Packs are ordered: shared packs (plain or chain) by segment, then tail packs by row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from .cost import CostModel, tiles_of
+from .cost import ALL_TILES, FRAGMENT_ROWS, ITEM_WARPS, TILES, CostModel, tiles_of
 from .forest import SegmentTree
 
 MAX_INHERIT = 4  # how many levels of a tree one pack may span, beyond its own
+MAX_CHAIN_DEPTH = 4  # levels of segments a chain may have below its shared run
+MAX_CHAIN_GROUP = 64  # query heads per KV head beyond which there are no chains
 MIN_CHUNK = 64  # tokens: no run is cut finer, and every cut is a multiple of CHUNK_ALIGN
 CHUNK_ALIGN = 32
 PART_SCALES = (1, 4, 16, 64)  # price of partials, raised until a plan fits the workspace
-WALL_EIGHTHS = (16, 8, 4, 2, 1)  # tried limits of a work item's solo time, in 1/8 of the mean
+WALL_EIGHTHS = (0, 16, 8, 4, 2, 1)  # tried limits of a work item's solo time, in 1/8 of the mean
+NO_LIMIT = 1 << 100  # ps; eighths 0
 MAX_HORIZON = 256  # tokens
 
 
@@ -46,31 +61,74 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Search:
+    """What the planner may choose from; benchmarks narrow it to see what a choice is worth.
+
+    Attributes:
+        chains: whether there may be chains.
+        wall_eighths: limits of a work item's solo time that are tried, in 1/8 of the mean; 0: none.
+        chain_rows: query rows of a chain's work items that are tried, largest first; when none is
+            fast enough, halvings of the last.
+        tiles: indices of the tiles that may be used, ascending.
+    """
+
+    chains: bool = True
+    wall_eighths: tuple[int, ...] = WALL_EIGHTHS
+    chain_rows: tuple[int, ...] = (128, 64, 16)
+    tiles: tuple[int, ...] = ALL_TILES
+
+
+@dataclass(frozen=True)
 class Pack:
     """Rows that read the token positions ``[start, end)`` of one path together.
 
     ``segment`` is the deepest segment of the range (the home segment of the row for a tail, -1 if
-    it has none). A tail covers ``[start, end + horizon)`` as its row grows.
+    it has none). A tail covers ``[start, end + horizon)`` as its row grows. For a chain the range
+    is its shared run, the rows are all rows of the segment, depth first.
     """
 
     rows: tuple[int, ...]
     start: int
     end: int
     segment: int
-    is_tail: bool
+    is_tail: bool = False
+    is_chain: bool = False
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a pack is cut: along the tokens, and a chain also along its rows.
+
+    Attributes:
+        chunk: tokens of a chunk; the last one is shorter. A tail that is cut has extra chunks,
+            empty at first, that cover the horizon.
+        num_chunks: chunks. All but the last of a chain are those of a plain pack.
+        rows_per_item: request rows of a chain's work item; 0: not a chain.
+        separated: rows of a chain whose tails are packs of their own.
+    """
+
+    chunk: int
+    num_chunks: int
+    rows_per_item: int = 0
+    separated: frozenset[int] = frozenset()
+
+
+class Step(NamedTuple):
+    """One private run of a fragment, read by query rows ``[lo, hi)`` of the fragment."""
+
+    segment: int  # -1: the tail of `row`
+    row: int  # first request row
+    lo: int
+    hi: int
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Packs and how each is cut along the tokens.
-
-    ``chunk[i]`` is the length of pack i's chunks and ``num_chunks[i]`` their number; a tail that is
-    cut has extra chunks, empty at first, that cover the horizon.
-    """
+    """Packs, ordered, and how each is cut."""
 
     packs: list[Pack]
-    chunk: list[int]
-    num_chunks: list[int]
+    cuts: list[Cut]
+    tiles: tuple[int, ...]
     horizon: int
     sharing: bool
     coarsened: int
@@ -79,22 +137,92 @@ class Packing:
     @property
     def num_splits(self) -> int:
         """Chunks beyond the first of every pack."""
-        return sum(n - 1 for n in self.num_chunks)
+        return sum(cut.num_chunks - 1 for cut in self.cuts)
+
+
+def chain_items(
+    tree: SegmentTree, pack: Pack, cut: Cut, group: int
+) -> list[tuple[tuple[int, ...], list[list[Step]]]]:
+    """Work items of a chain: their request rows, and for each fragment its steps.
+
+    Items are consecutive rows of the pack, fragments 16 consecutive query rows of an item (a row
+    may lie in two). Steps are in the order of the rows: for each row the segments of its path that
+    the fragment has not had yet, from the top down, then its tail, also if that is empty so far.
+    """
+    paths: dict[int, list[int]] = {pack.segment: []}
+    items = []
+    for first in range(0, len(pack.rows), cut.rows_per_item):
+        rows = pack.rows[first : first + cut.rows_per_item]
+        fragments = []
+        for begin in range(0, len(rows) * group, FRAGMENT_ROWS):
+            end = min(begin + FRAGMENT_ROWS, len(rows) * group)
+            steps: list[Step] = []
+            step_of: dict[int, int] = {}  # of a segment
+            for i in range(begin // group, (end - 1) // group + 1):
+                row = rows[i]
+                lo, hi = max(i * group, begin) - begin, min((i + 1) * group, end) - begin
+                for segment in _path_below(tree, pack.segment, tree.home[row], paths):
+                    at = step_of.setdefault(segment, len(steps))
+                    if at == len(steps):
+                        steps.append(Step(segment, row, lo, hi))
+                    else:
+                        steps[at] = steps[at]._replace(hi=hi)
+                if row not in cut.separated:
+                    steps.append(Step(-1, row, lo, hi))
+            fragments.append(steps)
+        items.append((rows, fragments))
+    return items
+
+
+def _path_below(tree: SegmentTree, top: int, home: int, known: dict[int, list[int]]) -> list[int]:
+    """Segments strictly below ``top`` down to ``home``."""
+    if home not in known:
+        above = _path_below(tree, top, tree.segments[home].parent, known)
+        known[home] = [*above, home]
+    return known[home]
+
+
+def step_tokens(tree: SegmentTree, step: Step) -> int:
+    """Tokens of a step, without the horizon."""
+    if step.segment < 0:
+        return tree.lens[step.row] - tree.tail_begin[step.row]
+    segment = tree.segments[step.segment]
+    return segment.end - segment.begin
+
+
+def longest_warp(tree: SegmentTree, fragments: list[list[Step]]) -> int:
+    """Step tokens of the warp of a work item that has the most."""
+    of_warp = [0] * ITEM_WARPS
+    for f, steps in enumerate(fragments):
+        of_warp[f % ITEM_WARPS] += sum(step_tokens(tree, step) for step in steps)
+    return max(of_warp)
 
 
 class _Pricer:
     """Integer cost of packs under one price of partials."""
 
-    def __init__(self, shape: Shape, model: CostModel, part_scale: int) -> None:
+    def __init__(self, shape: Shape, model: CostModel, search: Search, part_scale: int) -> None:
         self.group = shape.group_size
         self.model = model
+        self.tiles = search.tiles
         self.part_ps = model.part_ps * part_scale * self.group  # one part of one row
+        most = TILES[search.tiles[-1]].rows
+        caps = [rows // self.group for rows in search.chain_rows if rows <= most]
+        caps = [rows for rows in caps if rows > 0]
+        while caps and caps[-1] > 1:
+            caps.append(caps[-1] // 2)
+        self.chain_rows = caps  # request rows of a chain's items, in the order they are tried
+        self.has_chains = search.chains and self.group <= MAX_CHAIN_GROUP and bool(caps)
         self._item: list[int] = [0]  # by rows of the pack
         self._token: list[int] = [0]
 
+    def kinds(self, rows: int) -> list[int]:
+        """Tile index of each work item of a chunk."""
+        return tiles_of(rows * self.group, self.tiles)
+
     def _extend(self, rows: int) -> None:
         for n in range(len(self._item), rows + 1):
-            kinds = tiles_of(n * self.group)
+            kinds = self.kinds(n)
             self._item.append(sum(self.model.item_ps[k] for k in kinds))
             first, *others = kinds
             self._token.append(
@@ -123,25 +251,55 @@ class _Pricer:
             self.item(1) + max(end - start, 0) * self.token(1) + (self.part_ps if start > 0 else 0)
         )
 
+    def chain(self, rows: int, tokens: int, below_ps: int) -> int:
+        """A chain without its partials; ``below_ps`` is what its steps cost."""
+        return self.item(rows) + tokens * self.token(rows) + below_ps
+
+    def steps_below(self, tree: SegmentTree) -> list[int]:
+        """For each segment the steps a chain has below it, as if nothing were cut."""
+        model, below = self.model, [0] * len(tree.segments)
+        for u in range(len(tree.segments) - 1, -1, -1):
+            segment = tree.segments[u]
+            for row in segment.own_rows:
+                tail = tree.lens[row] - segment.end
+                below[u] += tail * model.token_ps[0] + model.step_ps
+            for v in segment.child_segments:
+                child = tree.segments[v]
+                fragments = -(-child.num_rows * self.group // FRAGMENT_ROWS)
+                token_ps = model.token_ps[0] + (fragments - 1) * model.reread_ps[0]
+                below[u] += (child.end - child.begin) * token_ps
+                below[u] += fragments * model.step_ps + below[v]
+        return below
+
 
 def choose_packs(tree: SegmentTree, pricer: _Pricer, forced: bool = False) -> list[Pack]:
     """Packs of least additive cost: for every segment, which children take its run along.
 
     ``cost[u][j]`` is the least cost of everything below and including segment u when its pack
-    starts at the j-th segment above it (0: at itself). A child that *merges* extends its own pack
+    starts at the j-th segment above it (0: at itself). Either u starts a chain, which takes all
+    rows below u; or the pack is a plain one: a child that *merges* then extends its own pack
     (or tail) upwards and leaves the pack of its parent; children are taken in the order of what
-    merging costs a row, and the best number of them is kept. ``forced``: no row takes a shared run
-    into its tail, whatever it costs.
+    merging costs a row, and the best number of them is kept. A plain pack wins a tie. ``forced``:
+    no row takes a shared run into its tail, whatever it costs.
+
+    Returns:
+        Shared packs by segment, then the tails of the rows outside chains.
     """
     segments = tree.segments
     starts: list[list[int]] = []
     for segment in segments:
         above = starts[segment.parent][:MAX_INHERIT] if segment.parent >= 0 else []
         starts.append([segment.begin, *above])
+    depth_below = [0] * len(segments)  # levels of segments
+    for u in range(len(segments) - 1, 0, -1):
+        if (above_u := segments[u].parent) >= 0:
+            depth_below[above_u] = max(depth_below[above_u], depth_below[u] + 1)
+    below = pricer.steps_below(tree)
 
     cost: list[list[int]] = [[0] * len(s) for s in starts]
     merges_segment: list[list[bool]] = [[False] * (len(s) + 1) for s in starts]  # [v][j of parent]
     merged_rows: list[list[int]] = [[0] * len(s) for s in starts]  # how many own rows merge
+    is_chain: list[list[bool]] = [[False] * len(s) for s in starts]
     for u in range(len(segments) - 1, -1, -1):
         segment = segments[u]
         for j, start in enumerate(starts[u]):
@@ -170,51 +328,71 @@ def choose_packs(tree: SegmentTree, pricer: _Pricer, forced: bool = False) -> li
                 candidate = total + pricer.shared(left, tokens)
                 if candidate < best:
                     best, best_count = candidate, count
-            cost[u][j] = best
             for _, kind, index, _, _ in options[:best_count]:
                 if kind == 0:
                     merges_segment[index][j] = True
                 else:
                     merged_rows[u][j] += 1
+            if pricer.has_chains and depth_below[u] <= MAX_CHAIN_DEPTH:
+                chain = pricer.chain(segment.num_rows, tokens, below[u])
+                chain += segment.num_rows * pricer.part_ps if start > 0 else 0
+                if chain < best:
+                    best, is_chain[u][j] = chain, True
+            cost[u][j] = best
 
     # Top-down: with which start each segment is computed, then which packs each row is in.
     level = [0] * len(segments)
+    chain_of = [-1] * len(segments)  # segment whose chain takes this one along
     for v, segment in enumerate(segments):
         u = segment.parent
         level[v] = level[u] + 1 if u >= 0 and merges_segment[v][level[u]] else 0
+        chain_of[v] = chain_of[u] if u >= 0 else -1
+        if chain_of[v] < 0 and is_chain[v][level[v]]:
+            chain_of[v] = v
     in_pack: list[list[int]] = [[] for _ in segments]
-    tail_start = [0] * len(tree.lens)
+    tail_packs: list[Pack] = []
     own_seen = [0] * len(segments)
     for row, home in enumerate(tree.home):
         if home < 0:
+            tail_packs.append(Pack((row,), 0, tree.lens[row], -1, is_tail=True))
             continue
-        own_seen[home] += 1
-        below_merged = own_seen[home] <= merged_rows[home][level[home]]
-        tail_start[row] = starts[home][level[home]] if below_merged else segments[home].end
-        u = home
+        below_merged = False
+        u = chain_of[home]
+        if u < 0:
+            u = home
+            own_seen[u] += 1
+            below_merged = own_seen[u] <= merged_rows[u][level[u]]
+            start = starts[u][level[u]] if below_merged else segments[u].end
+            tail_packs.append(Pack((row,), start, tree.lens[row], u, is_tail=True))
         while u >= 0:
             if not below_merged:
                 in_pack[u].append(row)
             below_merged = level[u] > 0
             u = segments[u].parent
-    packs = [
-        Pack(tuple(rows), starts[u][level[u]], segments[u].end, u, False)
-        for u, rows in enumerate(in_pack)
-        if rows
-    ]
-    for row, home in enumerate(tree.home):
-        packs.append(Pack((row,), tail_start[row], tree.lens[row], home, True))
-    return packs
+    packs = []
+    for u, rows_of_u in enumerate(in_pack):
+        if rows_of_u:
+            is_one = chain_of[u] == u
+            rows_of_u = _depth_first(tree, u) if is_one else rows_of_u
+            start = starts[u][level[u]]
+            packs.append(Pack(tuple(rows_of_u), start, segments[u].end, u, is_chain=is_one))
+    return packs + tail_packs
+
+
+def _depth_first(tree: SegmentTree, u: int) -> list[int]:
+    """All rows below a segment: those of its child segments, one after the other, then its own."""
+    segment = tree.segments[u]
+    below = [row for v in segment.child_segments for row in _depth_first(tree, v)]
+    return below + segment.own_rows
 
 
 def unshared_packs(tree: SegmentTree) -> list[Pack]:
     """One tail a row that covers all its tokens: the plan of a kernel that knows no prefixes."""
-    return [Pack((row,), 0, n, tree.home[row], True) for row, n in enumerate(tree.lens)]
+    return [Pack((row,), 0, n, tree.home[row], is_tail=True) for row, n in enumerate(tree.lens)]
 
 
-def _cut(tokens: int, limit_ps: int, fixed_ps: int, token_ps: int) -> tuple[int, int]:
-    """(chunk length, chunks) so that a chunk's solo time stays near the limit."""
-    room = max((limit_ps - fixed_ps) // token_ps, MIN_CHUNK)
+def _cut(tokens: int, room: int) -> tuple[int, int]:
+    """(chunk length, chunks) so that no chunk is much longer than ``room`` tokens."""
     if tokens <= room:
         return tokens, 1
     count = -(-tokens // room)
@@ -223,46 +401,156 @@ def _cut(tokens: int, limit_ps: int, fixed_ps: int, token_ps: int) -> tuple[int,
     return chunk, -(-tokens // chunk)
 
 
+@dataclass
+class _Split:
+    """Packs cut under one limit, and what that costs."""
+
+    packs: list[Pack]
+    cuts: list[Cut]
+    work_ps: int = 0  # SM time of all items
+    wall_ps: int = 0  # solo time of the longest item
+    parts: int = 0
+    items: int = 0
+
+
+class _Splitter:
+    """Cuts packs so that no work item lasts much longer than a limit."""
+
+    def __init__(self, tree: SegmentTree, pricer: _Pricer, horizon: int) -> None:
+        self.tree, self.pricer, self.horizon = tree, pricer, horizon
+        # What _steps found, by segment, rows an item and separated rows.
+        self._known: dict[tuple[int, int, frozenset[int]], tuple[int, int]] = {}
+
+    def _room(self, kind: int, limit_ps: int) -> int:
+        """Tokens of the longest chunk a tile computes within the limit."""
+        return max(limit_ps // self.pricer.model.solo_token_ps[kind], MIN_CHUNK)
+
+    def split(self, packs: list[Pack], limit_ps: int) -> _Split:
+        """Packs with the separated tails, and their cuts."""
+        shared = [pack for pack in packs if not pack.is_tail]
+        tails = [pack for pack in packs if pack.is_tail]
+        result = _Split(shared, [])
+        for pack in shared:
+            if pack.is_chain:
+                cut = self._add_chain(result, pack, limit_ps)
+                tails += [
+                    Pack((row,), self.tree.tail_begin[row], self.tree.lens[row],
+                         self.tree.home[row], is_tail=True)
+                    for row in cut.separated
+                ]  # fmt: skip
+            else:
+                cut = self._add_plain(result, pack, limit_ps)
+            result.cuts.append(cut)
+        tails.sort(key=lambda pack: pack.rows)
+        for pack in tails:
+            result.cuts.append(self._add_plain(result, pack, limit_ps))
+        result.packs = shared + tails
+        return result
+
+    def _add_chunks(self, result: _Split, rows: int, chunks: int, longest: int, sum_: int) -> None:
+        """Chunks of a plain pack: ``sum_`` tokens in all, at most ``longest`` each."""
+        pricer = self.pricer
+        kinds = pricer.kinds(rows)
+        result.items += len(kinds) * chunks
+        result.work_ps += chunks * pricer.item(rows) + sum_ * pricer.token(rows)
+        solo_ps = pricer.model.solo_item_ps[kinds[0]]
+        solo_ps += longest * pricer.model.solo_token_ps[kinds[0]]
+        result.wall_ps = max(result.wall_ps, solo_ps)
+
+    def _add_parts(self, result: _Split, parts: int) -> None:
+        result.parts += parts
+        result.work_ps += parts * self.pricer.part_ps
+
+    def _add_plain(self, result: _Split, pack: Pack, limit_ps: int) -> Cut:
+        rows, tokens = len(pack.rows), max(pack.end - pack.start, 0)
+        chunk, chunks = _cut(tokens, self._room(self.pricer.kinds(rows)[0], limit_ps))
+        if pack.is_tail and chunks > 1:  # cut the horizon as well, empty at first
+            chunks = -(-(tokens + self.horizon) // chunk)
+        self._add_chunks(result, rows, chunks, chunk, tokens)
+        if not (pack.is_tail and pack.start == 0 and chunks == 1):  # else: written directly
+            self._add_parts(result, rows * chunks)
+        return Cut(chunk, chunks)
+
+    def _add_chain(self, result: _Split, pack: Pack, limit_ps: int) -> Cut:
+        """Separates long tails, then finds the most rows an item can have within the limit."""
+        tree, pricer, model = self.tree, self.pricer, self.pricer.model
+        room = self._room(0, limit_ps)
+        long = [row for row in pack.rows if tree.lens[row] - tree.tail_begin[row] > room]
+        separated = frozenset(long)
+        for rows_per_item in pricer.chain_rows:
+            private, step_work_ps = self._steps(pack, rows_per_item, separated)
+            if private * model.solo_token_ps[0] <= limit_ps:
+                break
+        rows, tokens = len(pack.rows), pack.end - pack.start
+        num_items = -(-rows // rows_per_item)
+        kind = pricer.kinds(min(rows_per_item, rows))[0]
+        chunk, chunks = _cut(tokens, self._room(kind, limit_ps))
+        above = (chunks - 1) * chunk  # tokens of the plain chunks
+        if chunks > 1:
+            self._add_chunks(result, rows, chunks - 1, chunk, above)
+            self._add_parts(result, rows * (chunks - 1))
+        has_parts = chunks > 1 or pack.start > 0
+        self._add_parts(result, rows if has_parts else len(separated))
+        result.items += num_items
+        token_ps = model.token_ps[kind] + (num_items - 1) * model.reread_ps[kind]
+        result.work_ps += num_items * model.item_ps[kind] + (tokens - above) * token_ps
+        result.work_ps += step_work_ps
+        solo_ps = model.solo_item_ps[kind] + (tokens - above) * model.solo_token_ps[kind]
+        solo_ps += private * model.solo_token_ps[0]
+        result.wall_ps = max(result.wall_ps, solo_ps)
+        return Cut(chunk, chunks, rows_per_item, separated)
+
+    def _steps(self, pack: Pack, rows_per_item: int, separated: frozenset[int]) -> tuple[int, int]:
+        """(tokens of the longest warp, SM time of all steps) of a chain."""
+        tree, model = self.tree, self.pricer.model
+        key = (pack.segment, rows_per_item, separated)
+        if key not in self._known:
+            cut = Cut(0, 1, rows_per_item, separated)
+            items = chain_items(tree, pack, cut, self.pricer.group)
+            private = max(longest_warp(tree, fragments) for _, fragments in items)
+            steps = [s for _, fragments in items for steps in fragments for s in steps]
+            once = {(step.segment, step.row if step.segment < 0 else -1): step for step in steps}
+            tokens = sum(step_tokens(tree, step) for step in steps)
+            unique = sum(step_tokens(tree, step) for step in once.values())
+            work_ps = unique * model.token_ps[0] + (tokens - unique) * model.reread_ps[0]
+            self._known[key] = (private, work_ps + len(steps) * model.step_ps)
+        return self._known[key]
+
+
 def choose_split(
-    packs: list[Pack], shape: Shape, model: CostModel, pricer: _Pricer, horizon: int
-) -> tuple[int, list[int], list[int]] | None:
-    """Best of a few limits on the solo time of a work item: (predicted ps, chunk, num_chunks).
+    tree: SegmentTree,
+    packs: list[Pack],
+    shape: Shape,
+    pricer: _Pricer,
+    wall_eighths: tuple[int, ...],
+    horizon: int,
+) -> tuple[int, _Split] | None:
+    """Best of a few limits on the solo time of a work item: (predicted ps, split).
 
     Predicted time: SM time of everything spread over all SMs, plus the solo time of the longest
     item, since the last one to start starts before the mean and then runs alone. None: no cut fits
-    the workspace.
+    the workspace. The limits are fractions of the mean time of an SM when nothing is cut and
+    partials are free.
     """
-    kinds = [tiles_of(len(p.rows) * pricer.group) for p in packs]
-    tokens = [max(p.end - p.start, 0) for p in packs]
+    model = pricer.model
+    below = pricer.steps_below(tree)
     base_ps = 0
-    for pack, length in zip(packs, tokens, strict=True):
-        base_ps += pricer.item(len(pack.rows)) + length * pricer.token(len(pack.rows))
+    for pack in packs:
+        base_ps += pricer.chain(
+            len(pack.rows),
+            max(pack.end - pack.start, 0),
+            below[pack.segment] if pack.is_chain else 0,
+        )
     mean_ps = base_ps * shape.num_kv_heads // model.num_sms
-    best: tuple[int, list[int], list[int]] | None = None
-    for eighths in (0, *WALL_EIGHTHS):  # 0: no cut at all
-        chunk, num_chunks = [0] * len(packs), [1] * len(packs)
-        work_ps, wall_ps, parts, items = base_ps, 0, 0, 0
-        for i, pack in enumerate(packs):
-            rows, k = len(pack.rows), kinds[i][0]
-            fixed_ps, token_ps = model.solo_item_ps[k], model.solo_token_ps[k]
-            chunk[i] = tokens[i]
-            if eighths:
-                chunk[i], num_chunks[i] = _cut(
-                    tokens[i], fixed_ps + mean_ps * eighths // 8, fixed_ps, token_ps
-                )
-            if pack.is_tail and num_chunks[i] > 1:  # cut the horizon as well, empty at first
-                num_chunks[i] = -(-(tokens[i] + horizon) // chunk[i])
-            direct = pack.is_tail and pack.start == 0 and num_chunks[i] == 1
-            pack_parts = 0 if direct else rows * num_chunks[i]
-            parts += pack_parts
-            items += len(kinds[i]) * num_chunks[i]
-            work_ps += (num_chunks[i] - 1) * pricer.item(rows) + pack_parts * pricer.part_ps
-            wall_ps = max(wall_ps, fixed_ps + chunk[i] * token_ps)
-        if parts > shape.max_parts or items > shape.max_items:
+    splitter = _Splitter(tree, pricer, horizon)
+    best: tuple[int, _Split] | None = None
+    for eighths in wall_eighths:
+        split = splitter.split(packs, mean_ps * eighths // 8 if eighths else NO_LIMIT)
+        if split.parts > shape.max_parts or split.items > shape.max_items:
             continue
-        predicted = work_ps * shape.num_kv_heads // model.num_sms + wall_ps
+        predicted = split.work_ps * shape.num_kv_heads // model.num_sms + split.wall_ps
         if best is None or predicted < best[0]:
-            best = (predicted, chunk, num_chunks)
+            best = (predicted, split)
     return best
 
 
@@ -272,34 +560,43 @@ def horizon_of(lens: list[int]) -> int:
     return min(64 + min(lens, default=0) // 32, MAX_HORIZON)
 
 
-def pack_rows(tree: SegmentTree, shape: Shape, model: CostModel) -> Packing:
+def pack_rows(
+    tree: SegmentTree, shape: Shape, model: CostModel, search: Search | None = None
+) -> Packing:
     """Packs and cuts of a batch; always finds a plan that fits the workspace.
+
+    Args:
+        tree: segments of the batch.
+        shape: the layer and the sizes of the plan.
+        model: constants of the GPU.
+        search: what the planner may choose from; None: everything.
 
     Raises:
         ValueError: not even one item a row fits (the caller's capacity is below the minimum).
     """
+    search = search or Search()
     horizon = horizon_of(tree.lens)
-    chosen: tuple[int, list[int], list[int]] | None = None
-    packs: list[Pack] = []
+    true_pricer = _Pricer(shape, model, search, 1)
+    chosen: tuple[int, _Split] | None = None
     coarsened, sharing = 0, False
     if shape.sharing != "off" and tree.segments:
         for part_scale in PART_SCALES:
-            pricer = _Pricer(shape, model, part_scale)
+            pricer = _Pricer(shape, model, search, part_scale)
             packs = choose_packs(tree, pricer, shape.sharing == "on" and part_scale == 1)
-            chosen = choose_split(packs, shape, model, _Pricer(shape, model, 1), horizon)
+            chosen = choose_split(tree, packs, shape, true_pricer, search.wall_eighths, horizon)
             if chosen is not None:
                 sharing = True
                 break
             coarsened += 1
     if shape.sharing != "on" or chosen is None:
-        plain = unshared_packs(tree)
-        alone = choose_split(plain, shape, model, _Pricer(shape, model, 1), horizon)
+        packs = unshared_packs(tree)
+        alone = choose_split(tree, packs, shape, true_pricer, search.wall_eighths, horizon)
         if alone is not None and (chosen is None or alone[0] <= chosen[0]):
-            packs, chosen, sharing = plain, alone, False
+            chosen, sharing = alone, False
     if chosen is None:
         raise ValueError(
             f"{len(tree.lens)} rows of {shape.group_size} query heads per KV head need at least "
             f"that many work items, but the plan holds {shape.max_items}: raise max_rows"
         )
-    predicted, chunk, num_chunks = chosen
-    return Packing(packs, chunk, num_chunks, horizon, sharing, coarsened, predicted)
+    predicted, split = chosen
+    return Packing(split.packs, split.cuts, search.tiles, horizon, sharing, coarsened, predicted)

@@ -14,7 +14,7 @@ import torch
 
 from . import jit, layout
 from ._types import Int32Array
-from .cost import TILES, cost_model_for
+from .cost import FRAGMENT_ROWS, TILES, cost_model_for
 from .forest import Forest
 from .host import HostPlanner
 from .layout import Capacity, CapacityError, PlanTables, capacity_for
@@ -40,6 +40,7 @@ class PlanStats:
     token_bytes: int
     items: dict[str, int]  # work items per KV head, by tile
     shared_segments: int  # packs of two rows or more
+    chains: int  # work items per KV head that read private runs too
     partial_slots: int
     splits: int
     coarsened: int
@@ -82,7 +83,15 @@ def explain(stats: PlanStats, words: Int32Array) -> str:
         f"  s{i}: [{begin}, {begin + length}) under {'root' if parent < 0 else f's{parent}'}"
         for i, (_, length, parent, begin) in enumerate(tables.runs.tolist())
     ]
-    lines.append(f"work items per KV head: {stats.items}, {stats.partial_slots} partials")
+    lines.append(
+        f"work items per KV head: {stats.items}, {stats.partial_slots} partials of "
+        f"{len(tables.merge_rows)} rows"
+    )
+    if stats.chains:
+        lines.append(
+            f"chains: {stats.chains} of the items, {len(tables.steps)} private steps in "
+            f"{len(tables.fragments)} fragments of {FRAGMENT_ROWS} query rows"
+        )
     return "\n".join(lines)
 
 
@@ -150,14 +159,16 @@ class DecodePlan:
         """
         tables = self.tables
         rows = int(tables.header[layout.H_ROWS])
-        group = self.planner.num_q_heads // self.planner.num_kv_heads
+        group = self.planner.group_size
         slots = self.slots.cpu().numpy()
         lens = seq_lens[:rows].cpu().numpy()
         read: list[list[Int32Array]] = [[] for _ in range(rows * group)]
         for index in range(len(tables.items)):
-            of_item = slots[tables.slots_of_item(index, lens)]
-            for row, head, _ in tables.rows_of_item(index, group):
-                read[row * group + head].append(of_item)
+            query_rows = tables.rows_of_item(index, group)
+            for lo, hi, offsets in tables.steps_of_item(index, group, lens):
+                of_step = slots[offsets]
+                for row, head, _ in query_rows[lo:hi]:
+                    read[row * group + head].append(of_step)
         for row in range(rows):
             wanted = np.sort(
                 req_to_token[req_pool_indices[row].long(), : int(lens[row])].cpu().numpy()
@@ -437,6 +448,7 @@ class DecodePlanner:
                 f"{tile.rows}x{tile.tokens}": n for tile, n in zip(TILES, counts, strict=True) if n
             },
             shared_segments=int(header[layout.H_SHARED_PACKS]),
+            chains=int(header[layout.H_CHAINS]),
             partial_slots=int(header[layout.H_PARTS]),
             splits=int(header[layout.H_SPLITS]),
             coarsened=int(header[layout.H_COARSENED]),
