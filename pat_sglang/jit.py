@@ -134,9 +134,23 @@ def _compiler_version(command: str) -> str:
     return done.stdout
 
 
-def _sources(device: bool) -> list[Path]:
-    """Files a module depends on; host code does not depend on kernels nor the reverse."""
-    other = {"binding_host.cc", "host"} if device else {"binding.cc", "device"}
+@dataclass(frozen=True)
+class _Kind:
+    """What a module is made of: a binding and the sources of one folder, both below ``csrc``."""
+
+    binding: str
+    folder: str
+
+
+_DEVICE = _Kind("binding.cc", "device")
+_HOST = _Kind("binding_host.cc", "host")
+_STREAM = _Kind("bench/binding_stream.cc", "bench")
+
+
+def _sources(kind: _Kind) -> list[Path]:
+    """Files a module depends on: what is common, and what is not another kind's."""
+    others = {k for k in (_DEVICE, _HOST, _STREAM) if k != kind}
+    other = {name for k in others for name in (k.binding, k.folder)}
     root = source_dir()
     return sorted(
         p
@@ -145,11 +159,11 @@ def _sources(device: bool) -> list[Path]:
     )
 
 
-def _digest(flags: tuple[str, ...], device: bool) -> str:
+def _digest(flags: tuple[str, ...], kind: _Kind) -> str:
     """Key of a module. The compiler is not asked: a machine without one can load a carried cache,
     and its version is recorded beside the module (``compiler.txt``) instead."""
     digest = hashlib.sha256("\0".join((*_CXX_FLAGS, *flags)).encode())
-    for path in _sources(device):
+    for path in _sources(kind):
         digest.update(path.relative_to(source_dir()).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
@@ -169,9 +183,9 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _ensure(name: str, flags: tuple[str, ...], arch: str | None) -> Path:
-    """Path of the module's shared object, built if it is not in the cache."""
-    folder = Path(envs.CACHE_DIR.get()) / f"{name}-{_digest(flags, arch is not None)}"
+def _ensure(name: str, kind: _Kind, flags: tuple[str, ...], arch: str | None = None) -> Path:
+    """Path of the module's shared object, built if it is not in the cache; ``arch``: needs nvcc."""
+    folder = Path(envs.CACHE_DIR.get()) / f"{name}-{_digest(flags, kind)}"
     target = folder / f"{name}.so"
     if target.exists():
         return target
@@ -188,17 +202,19 @@ def _ensure(name: str, flags: tuple[str, ...], arch: str | None) -> Path:
         with open(folder.parent / f".{folder.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                _fill_cache(target, version, flags, arch)
+                _fill_cache(target, version, kind, flags, arch)
     except OSError as error:
         raise BuildError(f"cannot write the cache, see PAT_SGLANG_CACHE_DIR: {error}") from error
     return target
 
 
-def _fill_cache(target: Path, version: str, flags: tuple[str, ...], arch: str | None) -> None:
+def _fill_cache(
+    target: Path, version: str, kind: _Kind, flags: tuple[str, ...], arch: str | None
+) -> None:
     """Compiles beside ``target``'s folder, then renames into place; the caller holds the lock."""
     folder = target.parent
     with tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=folder.parent) as scratch:
-        built = _compile(target.stem, flags, arch, scratch)
+        built = _compile(target.stem, kind, flags, arch, scratch)
         final = Path(scratch, "final")
         final.mkdir()
         shutil.copy2(built, final / target.name)
@@ -207,7 +223,7 @@ def _fill_cache(target: Path, version: str, flags: tuple[str, ...], arch: str | 
         final.rename(folder)
 
 
-def _compile(name: str, flags: tuple[str, ...], arch: str | None, scratch: str) -> str:
+def _compile(name: str, kind: _Kind, flags: tuple[str, ...], arch: str | None, scratch: str) -> str:
     """The shared object, somewhere in ``scratch``."""
     # tvm-ffi runs `ninja` from PATH, where it is not if a venv's Python was started by its path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -217,6 +233,7 @@ def _compile(name: str, flags: tuple[str, ...], arch: str | None, scratch: str) 
     if arch is not None:
         variables |= {"TVM_FFI_CUDA_ARCH_LIST": arch, "CUDA_HOME": str(cuda_home())}
     root = source_dir()
+    binding, folder = str(root / kind.binding), root / kind.folder
     try:
         from tvm_ffi import cpp
 
@@ -224,18 +241,15 @@ def _compile(name: str, flags: tuple[str, ...], arch: str | None, scratch: str) 
             if arch is None:
                 return cpp.build(
                     name=name,
-                    cpp_files=[
-                        str(root / "binding_host.cc"),
-                        *sorted(map(str, (root / "host").glob("*.cc"))),
-                    ],
+                    cpp_files=[binding, *sorted(map(str, folder.glob("*.cc")))],
                     extra_cflags=list(flags),
                     extra_include_paths=[str(root)],
                     build_directory=scratch,
                 )
             return cpp.build(
                 name=name,
-                cpp_files=[str(root / "binding.cc")],
-                cuda_files=sorted(map(str, (root / "device").glob("*.cu"))),
+                cpp_files=[binding],
+                cuda_files=sorted(map(str, folder.glob("*.cu"))),
                 extra_cflags=[f for f in flags if f.startswith("-D")] + list(_CXX_FLAGS),
                 extra_cuda_cflags=list(flags),
                 extra_include_paths=[str(root), os.path.join(variables["CUDA_HOME"], "include")],
@@ -264,7 +278,7 @@ def build(
     """
     spec = device_module(arch, dtype, head_dim, path)
     name = f"pat_{spec.path}_{arch.replace('.', '')}_{dtype}_d{head_dim}"
-    return _ensure(name, (*_CUDA_FLAGS, *spec.defines()), arch)
+    return _ensure(name, _DEVICE, (*_CUDA_FLAGS, *spec.defines()), arch)
 
 
 @functools.cache
@@ -294,4 +308,15 @@ def _load(path: Path) -> Any:
 
 def build_host() -> Path:
     """Builds (or finds) the C++ planner; needs a C++ compiler only."""
-    return _ensure("pat_host", _CXX_FLAGS, None)
+    return _ensure("pat_host", _HOST, _CXX_FLAGS)
+
+
+def build_stream() -> Path:
+    """Builds (or finds) the kernels that only move bytes, for Hopper; benchmarks alone use them."""
+    return _ensure("pat_stream_90a", _STREAM, _CUDA_FLAGS, "9.0a")
+
+
+@functools.cache
+def load_stream() -> Any:
+    """The loaded stream kernels: what ``csrc/bench/binding_stream.cc`` exports."""
+    return _load(build_stream())

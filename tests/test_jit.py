@@ -92,6 +92,8 @@ def test_digest_follows_bytes_and_flags_not_paths(
         assert edit(f"device/{kernel.name}") == (True, False)
     for code in sorted((again / "host").glob("*")):
         assert edit(f"host/{code.name}") == (False, True)
+    for code in sorted((again / "bench").glob("*")):
+        assert edit(f"bench/{code.name}") == (False, False)
     assert edit("binding.cc") == (True, False)
     assert edit("binding_host.cc") == (False, True)
     assert edit("plan_layout.h") == (True, True)
