@@ -183,7 +183,7 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
   const int32_t sms = num_sms(device.device_id);
   const cudaStream_t stream = current_stream(device);
   check_cuda(pat::launch_decode(params, sms, stream), "launching the forward kernel");
-  check_cuda(pat::launch_merge(params, stream), "launching the merge kernel");
+  check_cuda(pat::launch_merge(params, sms, stream), "launching the merge kernel");
 }
 
 /// See pat_sglang/plan.py, DecodePlanner._fill.

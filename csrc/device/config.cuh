@@ -31,38 +31,60 @@ inline constexpr int kWarps = 4;
 inline constexpr int kThreads = kWarps * 32;
 inline constexpr int kBlocksPerSm = 2;
 
-inline constexpr int kRowBytes = kHeadDim * 2;        // one token of K or V of one head
-inline constexpr int kRowChunks = kRowBytes / 16;     // 16-byte chunks of it
+inline constexpr int kRowChunks = kHeadDim / 8;       // 16-byte chunks of one token of K or V
 inline constexpr int kRowsPerLoad = 32 / kRowChunks;  // tokens one warp-wide cp.async brings
 inline constexpr int kDepthSteps = kHeadDim / 16;     // MMA steps along d
 inline constexpr int kOutBlocks = kHeadDim / 8;       // n8 blocks of the output
 
-/// One tile shape. A *unit* is the group of warps that computes one work item: 1, 2 or 4 warps of
-/// the block, so that many small items or one large one run in the same block.
+// Rows lie in *panels* of 64 elements: 128 bytes a row, its 16-byte chunk c stored at c ^ (row & 7).
+// This is the 128-byte swizzle of WGMMA, and free of bank conflicts for ldmatrix.
+inline constexpr int kPanelChunks = 8;
+inline constexpr int kPanelRowBytes = 128;
+inline constexpr int kPanels = kHeadDim / 64;
+inline constexpr int kBlockRows = 64;  // query rows of one WGMMA; tokens of a ring entry
+inline constexpr int kPanelBytes = kBlockRows * kPanelRowBytes;
+inline constexpr int kEntryBytes = kPanels * kPanelBytes;  // one tile of K or of V, or 64 rows of Q
+inline constexpr int kSliceTokens = 16;                    // tokens of an entry one warp loads
+inline constexpr int kSliceBytes = kSliceTokens * kPanelRowBytes;  // of it, in every panel
+static_assert(kWarps * kSliceTokens == kBlockRows, "the warps of a block fill an entry");
+static_assert(kPanelBytes % 1024 == 0, "WGMMA's swizzle repeats every 1024 bytes");
+
+inline constexpr int kMaxStages = 8;
+
+/// One tile shape. The narrow tile is computed by one warp, four items in a block side by side; the
+/// wide ones by the whole block.
 template <int kTile_>
 struct TileConfig {
   static constexpr int kTile = kTile_;
   static constexpr int kRows = kTiles[kTile].rows;
-  static constexpr int kTokens = kTiles[kTile].tokens;
-  static constexpr int kUnitWarps = kRows >= 64 ? 4 : kRows / 16;
-  static constexpr int kUnitThreads = kUnitWarps * 32;
-  static constexpr int kUnits = kWarps / kUnitWarps;            // units of a block
-  static constexpr int kRowBlocks = kRows / (16 * kUnitWarps);  // m16 blocks of one warp
-  static constexpr int kWarpTokens = kTokens / kUnitWarps;      // tokens one warp loads of a tile
-  static constexpr int kScoreBlocks = kTokens / 8;              // n8 blocks of the scores
+  static constexpr bool kWide = kRows > kFragmentRows;
+  static constexpr int kUnits = kWide ? 1 : kWarps;
+  static constexpr int kUnitThreads = kThreads / kUnits;
+  static constexpr int kRowBlocks = kWide ? kRows / kBlockRows : 1;  // fragments of one warp
+  static constexpr int kTokens = kWide ? kBlockRows : kSliceTokens;  // of the shared run, a step
 
-  // With two m16 blocks a warp has no registers left for Q: it is read from shared memory.
-  static constexpr bool kSharedQ = kRowBlocks > 1;
-  static constexpr int kQBytes = kSharedQ ? kRows * kRowBytes : 0;
-  static constexpr int kEntryBytes = kTokens * kRowBytes;  // a ring entry: one tile of K or of V
-  static constexpr int kSliceBytes = kSharedBytes / kUnits;
-  static constexpr int kFit = (kSliceBytes - kQBytes) / kEntryBytes;
-  static constexpr int kStages = kFit < 6 ? kFit : 6;
+  // Q of a wide tile lies in front of the ring; the narrow tile keeps it in registers.
+  static constexpr int kQBytes = kWide ? kRowBlocks * kEntryBytes : 0;
+  static constexpr int kFit = (kSharedBytes - kQBytes) / kEntryBytes;
+  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
 
-  static_assert(kRows == kUnitWarps * kRowBlocks * 16, "a unit covers the tile's query rows");
-  static_assert(kWarpTokens == 32 || kWarpTokens == 16, "a lane holds the slot of one token");
-  static_assert(kTokens % 16 == 0, "tiles are whole MMA fragments");
-  static_assert(kStages >= 2, "K and V must both be in flight");
+  static_assert(kTokens == kTiles[kTile].tokens, "the planner counts the tokens of a step");
+  static_assert(kWide ? kRows % kBlockRows == 0 : kRows == kFragmentRows, "whole MMA tiles");
+  static_assert(kStages >= 3, "two entries in flight while one is computed");
 };
+
+/// Shared-memory offset of a 16-byte chunk of a row within an entry.
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
+  return (chunk / kPanelChunks) * kPanelBytes + row * kPanelRowBytes +
+         ((chunk % kPanelChunks ^ (row & 7)) << 4);
+}
+
+/// From a lane's address of (row, chunk) to that of (row + down, chunk + right). Compile-time steps
+/// leave one XOR for every other `right` and an immediate: `down` is a multiple of 8, `right` even
+/// and `chunk` below 2.
+__device__ __forceinline__ uint32_t stepped(uint32_t address, int down, int right) {
+  return (address ^ ((right % kPanelChunks) << 4)) + right / kPanelChunks * kPanelBytes +
+         down * kPanelRowBytes;
+}
 
 }  // namespace pat

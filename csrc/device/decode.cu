@@ -4,7 +4,7 @@
 // Grid: kBlocksPerSm blocks an SM, fixed, whatever the plan; counts come from the plan on the
 // device, so a captured launch serves every later plan. A piece of work is (item, KV head), heads
 // of one item side by side because their K and V lie side by side in memory. A block takes one tile
-// after the other: whole-block units for the two wide ones, units of two warps, of one. Pieces are handed
+// after the other: the two wide ones by the whole block, the narrow one by every warp alone. Pieces are handed
 // out by one atomic counter a tile, heaviest item first; which unit computes a piece never changes
 // its result.
 #include "attention.cuh"
@@ -15,25 +15,23 @@ namespace {
 /// Computes pieces of one tile shape until none is left.
 template <typename Config>
 __device__ void drain(const DecodeParams& params, const Tables& tables, uint8_t* shared,
-                      int32_t (&mailbox)[kWarps]) {
+                      Mailbox& mailbox, int32_t& drawn) {
   if (tables.header(kHeaderItemCount + Config::kTile) == 0) return;
-  const int unit = threadIdx.x / Config::kUnitThreads;
   const bool leader = threadIdx.x % Config::kUnitThreads == 0;
   auto draw = [&] { return leader ? atomicAdd(params.counters + Config::kTile, 1) : 0; };
   auto share = [&](int32_t value) {
-    if constexpr (Config::kUnitWarps == 1) {
-      return __shfl_sync(0xffffffffu, value, 0);
-    } else {
-      if (leader) mailbox[unit] = value;
-      unit_barrier<Config>(unit);
-      const int32_t shared_value = mailbox[unit];
-      unit_barrier<Config>(unit);
+    if constexpr (Config::kWide) {
+      if (leader) drawn = value;
+      __syncthreads();
+      const int32_t shared_value = drawn;
+      __syncthreads();
       return shared_value;
+    } else {
+      return __shfl_sync(0xffffffffu, value, 0);
     }
   };
 
-  ItemAttention<Config> attention(params, tables,
-                                  ptx::shared_address(shared) + unit * Config::kSliceBytes);
+  ItemAttention<Config> attention(params, tables, ptx::shared_address(shared), mailbox);
   int32_t piece = share(draw());
   while (piece < tables.header(kHeaderItemCount + Config::kTile) * params.num_kv_heads) {
     piece = share(attention.run(piece, draw));
@@ -42,20 +40,21 @@ __device__ void drain(const DecodeParams& params, const Tables& tables, uint8_t*
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
-  extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ int32_t mailbox[kWarps];
+  extern __shared__ __align__(1024) uint8_t shared[];
+  __shared__ Mailbox mailbox;
+  __shared__ int32_t drawn;
   ptx::launch_dependents();  // the merge kernel waits for our end, but may be on its way
   const Tables tables{params.plan};
   auto stage = [&]<int kTile>() {
-    drain<TileConfig<kTile>>(params, tables, shared, mailbox);
+    drain<TileConfig<kTile>>(params, tables, shared, mailbox, drawn);
     __syncthreads();  // the next tile divides the shared memory differently
   };
-  static_assert(kNumTiles == 4, "every tile has its stage");
+  static_assert(kNumTiles == 3, "every tile has its stage");
   // Wide tiles are bound by tensor cores, narrow ones by memory. Where the wide ones fill the GPU, half
   // the blocks start with the narrow ones, so that the two overlap; a few wide pieces go first, so
   // that none of them is left to the end.
   const int32_t wide_pieces =
-      (tables.header(kHeaderItemCount + 2) + tables.header(kHeaderItemCount + 3)) *
+      (tables.header(kHeaderItemCount + 1) + tables.header(kHeaderItemCount + 2)) *
       params.num_kv_heads;
   const bool overlap = wide_pieces >= static_cast<int32_t>(gridDim.x / 4 * 3);
   const bool wide_first = !overlap || blockIdx.x < gridDim.x / 2;
@@ -70,9 +69,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         break;
       case 2:
         stage.template operator()<2>();
-        break;
-      case 3:
-        stage.template operator()<3>();
         break;
     }
   }

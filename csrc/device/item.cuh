@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// A work item as the kernel sees it: its query rows, and a walk over its KV runs.
+// A work item as the kernel reads it from the plan.
 #pragma once
 
 #include "config.cuh"
@@ -13,9 +13,9 @@ struct Tables {
   const int32_t* __restrict__ plan;
 
   __device__ int32_t header(int32_t word) const { return __ldg(plan + word); }
-  /// Half `half` (0, 1) of an item.
-  __device__ int4 item(int32_t index, int32_t half) const {
-    return __ldg(reinterpret_cast<const int4*>(plan + header(kHeaderOffItems)) + 2 * index + half);
+  /// Third `third` (0, 1, 2) of an item.
+  __device__ int4 item(int32_t index, int32_t third) const {
+    return __ldg(reinterpret_cast<const int4*>(plan + header(kHeaderOffItems)) + 3 * index + third);
   }
   /// {request row, partial slot or -1}
   __device__ int2 entry(int32_t index) const {
@@ -25,13 +25,28 @@ struct Tables {
   __device__ int4 run(int32_t index) const {
     return __ldg(reinterpret_cast<const int4*>(plan + header(kHeaderOffRuns)) + index);
   }
+  /// {first step, number of steps}
+  __device__ int2 fragment(int32_t index) const {
+    return __ldg(reinterpret_cast<const int2*>(plan + header(kHeaderOffFragments)) + index);
+  }
+  /// {slot offset, length, rows, tail position or -1}
+  __device__ int4 step(int32_t index) const {
+    return __ldg(reinterpret_cast<const int4*>(plan + header(kHeaderOffSteps)) + index);
+  }
 };
-static_assert(kItemWords == 8 && kEntryWords == 2 && kRunWords == 4, "vector loads of the tables");
+static_assert(kItemWords == 12 && kEntryWords == 2 && kRunWords == 4 && kFragmentWords == 2 &&
+                  kStepWords == 4,
+              "vector loads of the tables");
+
+/// Tokens of a tail piece that exist: `live` is the row's true length, -1 when it outgrew its tail.
+__device__ __forceinline__ int32_t live_length(int32_t bound, int32_t live, int32_t position) {
+  return min(max(live - position, 0), bound);
+}
 
 struct Item {
   int32_t first_entry, head_offset, query_rows;
-  int32_t first_slot, first_length, next_run, beyond;
-  bool overflowed;  // the row outgrew its tail unseen by the host: the output is NaN
+  int32_t first_slot, first_length, next_run, beyond;  // the run all rows share
+  int32_t first_fragment;                              // -1: no row has steps of its own
 
   __device__ int32_t tokens() const { return first_length + beyond; }
 };
@@ -40,11 +55,11 @@ __device__ __forceinline__ Item load_item(const Tables& tables, const int32_t* l
                                           int32_t index) {
   const int4 a = tables.item(index, 0);
   const int4 b = tables.item(index, 1);
-  Item item{a.x, a.y, a.z, a.w, b.x, b.y, b.z, false};
-  if (const int32_t tail_position = b.w; tail_position >= 0) {
+  const int4 c = tables.item(index, 2);
+  Item item{a.x, a.y, a.z, a.w, b.x, b.y, b.z, c.x};
+  if (b.w >= 0) {
     const int32_t live = __ldg(live_lens + tables.entry(item.first_entry).x);
-    item.overflowed = live < 0;
-    item.first_length = min(max(live - tail_position, 0), item.first_length);
+    item.first_length = live_length(item.first_length, live, b.w);
   }
   return item;
 }
@@ -63,7 +78,7 @@ struct QueryRow {
   }
 };
 
-/// Maps the item's token index to a slot, for one lane whose token indices only ever grow.
+/// Maps a token index of the shared run to a slot, for one lane whose token indices only ever grow.
 /// Runs are walked from the first one upwards; of the last run the end is read.
 class SlotWalk {
  public:

@@ -46,7 +46,7 @@ struct FillParams {
 
 /// Each launches on `stream` and returns the launch's error; nothing is allocated.
 cudaError_t launch_decode(const DecodeParams& params, int32_t num_sms, cudaStream_t stream);
-cudaError_t launch_merge(const DecodeParams& params, cudaStream_t stream);
+cudaError_t launch_merge(const DecodeParams& params, int32_t num_sms, cudaStream_t stream);
 cudaError_t launch_fill(const FillParams& params, cudaStream_t stream);
 
 /// Raises the forward kernel's shared-memory limit on the current device; once, before capture.

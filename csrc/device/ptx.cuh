@@ -31,6 +31,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+/// Orders this thread's ordinary and cp.async accesses to shared memory before WGMMA's.
+__device__ __forceinline__ void fence_proxy_async() {
+#if defined(PAT_PATH_SM90)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -97,12 +104,6 @@ __device__ __forceinline__ float exp2(float x) {
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
-}
-
-/// Barrier among `kThreads` threads (a whole number of warps); 0 is the block's own barrier.
-template <int kThreads>
-__device__ __forceinline__ void named_barrier(int id) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
 /// Lets the next kernel of the stream, if launched as a programmatic dependent, start its blocks.
