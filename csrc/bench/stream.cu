@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kEarly = 2;  // vectors of q a thread reads before the stream, to hide their latency
+constexpr int kBatch = 4;  // and that it copies at a time after it
 
 struct Sum {
   uint32_t words = 0;
@@ -39,9 +40,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 /// This block's share [begin, end) of `count` things, in units of 2^`shift` of them.
 __device__ __forceinline__ void share(int32_t count, int shift, int32_t& begin, int32_t& end) {
-  const int64_t units = count >> shift;
-  begin = static_cast<int32_t>(units * blockIdx.x / gridDim.x) << shift;
-  end = static_cast<int32_t>(units * (blockIdx.x + 1) / gridDim.x) << shift;
+  const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
+  const int32_t units = count >> shift, each = units / blocks, more = units - each * blocks;
+  begin = (block * each + min(block, more)) << shift;
+  end = begin + ((each + (block < more ? 1 : 0)) << shift);
 }
 
 /// This block's share of all vectors, in units of at most 256 bytes.
@@ -99,11 +101,18 @@ struct Queries {
       value.x ^= nothing;
       params.out[at + i * stride] = value;
     }
-#pragma unroll 4
-    for (int64_t i = at + kEarly * stride; i < params.q_vectors; i += stride) {
-      uint4 value = load(params.q + i);
-      value.x ^= nothing;
-      params.out[i] = value;
+    for (int64_t first = at + kEarly * stride; first < params.q_vectors; first += kBatch * stride) {
+      uint4 values[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i * stride < params.q_vectors) values[i] = load(params.q + first + i * stride);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i * stride >= params.q_vectors) return;
+        values[i].x ^= nothing;
+        params.out[first + i * stride] = values[i];
+      }
     }
   }
 };
@@ -168,13 +177,19 @@ struct CpAsync {
     int32_t begin, end;
     share_vectors(params, begin, end);
     begin += thread;
-    Place first[kStages - 1];  // all slots of the first round are asked for at once
+    // The slots of the first round are asked for at once: every fetch of it depends on all of them.
+    Place first[kStages - 1];
+    int32_t all = 0;
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) first[s] = Place(params, begin + s * kThreads, end);
+    for (int s = 0; s < kStages - 1; ++s) {
+      first[s] = Place(params, begin + s * kThreads, end);
+      all |= first[s].slot;
+    }
+    const int32_t limit = all < 0 ? begin : end;  // no slot is negative
     Place next(params, begin + (kStages - 1) * kThreads, end);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
-      fetch_step(params, mine + s * kThreads * 32, first[s], begin + s * kThreads < end);
+      fetch_step(params, mine + s * kThreads * 32, first[s], begin + s * kThreads < limit);
     }
     const Queries queries(params, thread, kThreads);
     Sum sum;
