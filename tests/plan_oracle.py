@@ -7,12 +7,53 @@ the names of the header words.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from strategies import TILE_ROWS, Batch
+from strategies import TILE_ROWS, Batch, Setup
 
 from pat_sglang import layout
 
 NOBODY = -1  # name of a slot nothing was gathered into
+WIDTH = {  # words of one row of each table, in the order of the tables in the plan
+    "ITEMS": 12, "FRAGMENTS": 2, "STEPS": 4, "RUNS": 4, "TAILS": 4, "ENTRIES": 2, "REPS": 1,
+    "PART_PTR": 1, "MERGE_ROWS": 1,
+}  # fmt: skip
+
+
+class Read(NamedTuple):
+    """Names of the tokens that query rows ``[lo, hi)`` of a work item read."""
+
+    lo: int
+    hi: int
+    names: np.ndarray
+    fragment: int  # of the item, -1: the shared run of all its query rows
+
+
+def split_tables(words: np.ndarray) -> dict[str, list[list[int]]]:
+    """The tables of a plan; asserts that they lie one after the other, padded with zeros."""
+    header = words[:32].tolist()
+    assert header[layout.H_WORDS] == words.size
+    rows = {
+        "ITEMS": sum(header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + len(TILE_ROWS)]),
+        "FRAGMENTS": header[layout.H_FRAGMENTS],
+        "STEPS": header[layout.H_STEPS],
+        "RUNS": header[layout.H_RUNS],
+        "TAILS": header[layout.H_ROWS],
+        "ENTRIES": header[layout.H_ENTRIES],
+        "REPS": header[layout.H_RUNS],
+        "PART_PTR": header[layout.H_ROWS] + 1,
+        "MERGE_ROWS": header[layout.H_MERGE_ROWS],
+    }
+    tables, end = {}, 32
+    for name, width in WIDTH.items():
+        at = header[getattr(layout, f"H_OFF_{name}")]
+        assert at == -(-end // 4) * 4, f"table {name} is not behind the one before"
+        assert not words[end:at].any()
+        end = at + width * rows[name]
+        tables[name] = words[at:end].reshape(-1, width).tolist()
+    assert end == words.size
+    return tables
 
 
 def names_of_rows(batch: Batch, live_lens: np.ndarray) -> list[np.ndarray]:
@@ -37,66 +78,99 @@ def names_of_rows(batch: Batch, live_lens: np.ndarray) -> list[np.ndarray]:
 
 def gathered_slots(words: np.ndarray, names: list[np.ndarray]) -> np.ndarray:
     """The slot snapshot of a plan: runs from their representative, tails up to the live length."""
-    header = words[:32].tolist()
-    slots = np.full(header[layout.H_SLOTS], NOBODY, np.int64)
-    for i in range(header[layout.H_RUNS]):
-        at = header[layout.H_OFF_RUNS] + 4 * i
-        slot, length, _, begin = words[at : at + 4].tolist()
-        rep = int(words[header[layout.H_OFF_REPS] + i])
+    tables = split_tables(words)
+    slots = np.full(int(words[layout.H_SLOTS]), NOBODY, np.int64)
+    for (slot, length, _, begin), (rep,) in zip(tables["RUNS"], tables["REPS"], strict=True):
+        assert slot % 4 == 0
         assert (slots[slot : slot + length] == NOBODY).all(), "two runs share slots"
         slots[slot : slot + length] = names[rep][begin : begin + length]
-    for row in range(header[layout.H_ROWS]):
-        at = header[layout.H_OFF_TAILS] + 4 * row
-        slot, begin, room, zero = words[at : at + 4].tolist()
+    for row, (slot, begin, room, zero) in enumerate(tables["TAILS"]):
         tail = names[row][begin : begin + room]
-        assert zero == 0
+        assert slot % 4 == zero == 0
         assert slot + room <= slots.size
         assert (slots[slot : slot + room] == NOBODY).all(), "a tail shares slots"
         slots[slot : slot + tail.size] = tail
     return slots
 
 
-def read_by_item(words: np.ndarray, slots: np.ndarray, live_lens: np.ndarray) -> list[np.ndarray]:
-    """Names of the tokens every work item reads."""
-    header = words[:32].tolist()
-    count = sum(header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + 4])
-    read = []
-    for i in range(count):
-        at = header[layout.H_OFF_ITEMS] + 8 * i
-        entry, _, _, slot, length, run, beyond, position = words[at : at + 8].tolist()
+def read_by_items(
+    words: np.ndarray, slots: np.ndarray, live_lens: np.ndarray, group: int
+) -> list[list[Read]]:
+    """What every work item reads: its shared run, then the steps of its fragments."""
+    tables = split_tables(words)
+
+    def piece(slot: int, length: int, position: int, entry: int) -> np.ndarray:
         if position >= 0:
-            row = int(words[header[layout.H_OFF_ENTRIES] + 2 * entry])
+            row = tables["ENTRIES"][entry][0]
             length = min(max(int(live_lens[row]) - position, 0), length)
-        pieces = [slots[slot : slot + length]]
-        assert pieces[0].size == length >= 0
+        of_piece = slots[slot : slot + length]
+        assert of_piece.size == length >= 0
+        return of_piece
+
+    read, next_fragment, next_step = [], 0, 0
+    chains = 0
+    for item in sorted(tables["ITEMS"], key=lambda item: item[8]):  # fragments are numbered in turn
+        entry, head, count, slot, length, run, beyond, position, fragment, *rest = item
+        assert rest == [0, 0, 0]
+        pieces = [piece(slot, length, position, entry)]
         while beyond > 0:
-            assert 0 <= run < header[layout.H_RUNS], "an item walks beyond a root"
-            at = header[layout.H_OFF_RUNS] + 4 * run
-            slot, run_length, run, _ = words[at : at + 4].tolist()
+            assert 0 <= run < len(tables["RUNS"]), "an item walks beyond a root"
+            slot, run_length, run, _ = tables["RUNS"][run]
             take = min(run_length, beyond)
             pieces.append(slots[slot + run_length - take : slot + run_length])
             beyond -= take
-        read.append(np.concatenate(pieces))
-    return read
+        reads = [Read(0, count, np.concatenate(pieces), -1)]
+        if fragment >= 0:
+            chains += 1
+            assert (fragment, head, position) == (next_fragment, 0, -1)
+            assert count % group == 0, "a chain has whole request rows"
+            for f, begin in enumerate(range(0, count, 16)):
+                first_step, steps = tables["FRAGMENTS"][fragment + f]
+                assert first_step == next_step
+                slots_of_steps = [step[0] for step in tables["STEPS"][next_step:][:steps]]
+                assert len(set(slots_of_steps)) == steps, "a fragment reads a run twice"
+                for slot, length, rows, position in tables["STEPS"][next_step:][:steps]:
+                    lo, hi = begin + rows % 256, begin + rows // 256
+                    assert begin <= lo < hi <= min(begin + 16, count)
+                    owners = {(k // group) for k in range(lo, hi)}
+                    assert position < 0 or len(owners) == 1, "a tail has one request row"
+                    names = piece(slot, length, position, entry + lo // group)
+                    reads.append(Read(lo, hi, names, f))
+                next_fragment += 1
+                next_step += steps
+        read.append((item, reads))
+    assert next_fragment == len(tables["FRAGMENTS"])
+    assert next_step == len(tables["STEPS"])
+    assert chains == words[layout.H_CHAINS]
+    of_item = {tuple(item): reads for item, reads in read}
+    assert len(of_item) == len(tables["ITEMS"]), "two items are the same"
+    return [of_item[tuple(item)] for item in tables["ITEMS"]]
 
 
 def query_rows_of_items(words: np.ndarray, group: int) -> list[list[tuple[int, int, int]]]:
     """For every item its query rows: (row, head of the group, partial slot)."""
-    header = words[:32].tolist()
-    count = sum(header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + 4])
-    entries_at, num_entries = header[layout.H_OFF_ENTRIES], header[layout.H_ENTRIES]
-    entries = words[entries_at : entries_at + 2 * num_entries].reshape(-1, 2).tolist()
+    tables = split_tables(words)
     of_items = []
-    for i in range(count):
-        at = header[layout.H_OFF_ITEMS] + 8 * i
-        first, head, number = words[at : at + 3].tolist()
+    for first, head, number, *_ in tables["ITEMS"]:
         flat = [divmod(head + k, group) for k in range(number)]
-        of_items.append([(*entries[first + step], h) for step, h in flat])
+        of_items.append([(*tables["ENTRIES"][first + step], h) for step, h in flat])
     return [[(row, h, part) for row, part, h in item] for item in of_items]
 
 
+def weight(reads: list[Read]) -> int:
+    """Tokens that the slowest warp of an item computes: the shared run, every fourth fragment."""
+    of_warp = [0, 0, 0, 0]
+    for read in reads[1:]:
+        of_warp[read.fragment % 4] += read.names.size
+    return reads[0].names.size + max(of_warp)
+
+
 def check_plan(
-    words: np.ndarray, batch: Batch, group: int, live_lens: np.ndarray | None = None
+    words: np.ndarray,
+    batch: Batch,
+    group: int,
+    live_lens: np.ndarray | None = None,
+    tile_rows: tuple[int, ...] = TILE_ROWS,
 ) -> None:
     """Asserts that the plan computes attention over exactly the tokens of every row and head.
 
@@ -105,49 +179,100 @@ def check_plan(
         batch: what it was made for.
         group: query heads per KV head.
         live_lens: true lengths, host length .. host length + horizon; default: the host lengths.
+        tile_rows: query rows of the tiles, 0 for one that must not be used.
     """
     live = batch.host_lens if live_lens is None else live_lens
-    header = words[:32].tolist()
-    assert header[layout.H_WORDS] == words.size
+    header, tables = words[:32].tolist(), split_tables(words)
     assert header[layout.H_ROWS] == batch.rows
     names = names_of_rows(batch, live)
-    read = read_by_item(words, gathered_slots(words, names), live)
+    reads_of = read_by_items(words, gathered_slots(words, names), live, group)
     items = query_rows_of_items(words, group)
 
-    # Who computes each (row, head), and where the result goes.
-    items_of: dict[tuple[int, int], list[int]] = {}
+    # Who computes each (row, head), what it reads there, and where the result goes.
     parts_of: dict[tuple[int, int], list[int]] = {}
+    read_of: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for index, query_rows in enumerate(items):
         for row, head, part in query_rows:
-            items_of.setdefault((row, head), []).append(index)
             parts_of.setdefault((row, head), []).append(part)
-    assert set(items_of) == {(row, head) for row in range(batch.rows) for head in range(group)}
+        for number, read in enumerate(reads_of[index]):
+            for row, head, _ in query_rows[read.lo : read.hi]:
+                read_of.setdefault((row, head), []).append((index, number))
+    assert set(parts_of) == {(row, head) for row in range(batch.rows) for head in range(group)}
 
-    # Every token of every row exactly once. Heads with the same items need one look.
-    for row, items_of_row in {(row, tuple(of)) for (row, _), of in items_of.items()}:
-        got = np.sort(np.concatenate([read[i] for i in items_of_row]))
+    # Every token of every row exactly once. Heads that read the same need one look.
+    for row, of_row in {(row, tuple(of)) for (row, _), of in read_of.items()}:
+        got = np.sort(np.concatenate([reads_of[i][n].names for i, n in of_row]))
         assert np.array_equal(got, np.sort(names[row])), f"row {row} does not read its own tokens"
 
     # Partial slots: one for each (row, item), in the row's range; none for a row with one item.
-    part_at = header[layout.H_OFF_PART_PTR]
-    part_ptr = words[part_at : part_at + batch.rows + 1].tolist()
+    part_ptr = [pointer for (pointer,) in tables["PART_PTR"]]
     assert part_ptr[0] == 0
     assert part_ptr[-1] == header[layout.H_PARTS]
     for (row, head), parts in parts_of.items():
         wanted = list(range(part_ptr[row], part_ptr[row + 1]))
         assert sorted(parts) == (wanted if len(parts) > 1 else [-1]), f"row {row} head {head}"
         assert len(wanted) != 1, f"row {row} has one item and a partial"
+    merged = [[row] for row in range(batch.rows) if part_ptr[row] < part_ptr[row + 1]]
+    assert tables["MERGE_ROWS"] == merged
 
-    # Tables in place, items in tiles that fit, heaviest first.
-    begin = 0
-    planned = [r.size for r in read_by_item(words, np.zeros(header[layout.H_SLOTS], np.int64),
-                                            batch.host_lens)]  # fmt: skip
-    for kind, most in enumerate(TILE_ROWS):
+    # Items in the smallest tile that holds them, heaviest first.
+    empty = np.zeros(header[layout.H_SLOTS], np.int64)
+    planned = read_by_items(words, empty, batch.host_lens, group)
+    begin, least = 0, 0
+    for kind, most in enumerate(tile_rows):
         count = header[layout.H_ITEM_COUNT + kind]
         assert header[layout.H_ITEM_BEGIN + kind] == begin
-        least = 0 if kind == 0 else TILE_ROWS[kind - 1]
         assert all(least < len(items[i]) <= most for i in range(begin, begin + count))
-        of_kind = planned[begin : begin + count]
+        of_kind = [weight(reads) for reads in planned[begin : begin + count]]
         assert of_kind == sorted(of_kind, reverse=True)
         begin += count
-    assert sum(planned) == header[layout.H_PLANNED_TOKENS]
+        least = most or least
+    tokens = sum(read.names.size for reads in planned for read in reads)
+    assert tokens == header[layout.H_PLANNED_TOKENS]
+
+
+def predicted_ps(words: np.ndarray, batch: Batch, setup: Setup) -> int:
+    """Time of a plan under a cost model, from the items in its words."""
+    model, group = setup.model, setup.shape.group_size
+    header, items = words[:32].tolist(), split_tables(words)["ITEMS"]
+    empty = np.zeros(header[layout.H_SLOTS], np.int64)
+    reads_of = read_by_items(words, empty, batch.host_lens, group)
+    kinds = np.repeat(range(len(TILE_ROWS)), header[layout.H_ITEM_COUNT :][: len(TILE_ROWS)])
+    fragments, steps = split_tables(words)["FRAGMENTS"], split_tables(words)["STEPS"]
+
+    # Items that read the same run for different rows: the first finds it in device memory.
+    chunks: list[list[int]] = []
+    run, end = None, -1
+    for i in sorted(range(len(items)), key=lambda i: items[i][:2]):
+        begin = items[i][0] * group + items[i][1]
+        if begin != end or run != (*items[i][3:8], items[i][8] >= 0):
+            chunks.append([])
+        chunks[-1].append(i)
+        run, end = (*items[i][3:8], items[i][8] >= 0), begin + items[i][2]
+    work = header[layout.H_PARTS] * group * model.part_ps
+    wall = 0
+    for of_chunk in chunks:
+        first, *others = of_chunk
+        is_chain = items[first][8] >= 0
+        # All items of a chain are priced by the tile of its first one.
+        kind_of = {i: kinds[first] if is_chain else kinds[i] for i in of_chunk}
+        shared = reads_of[first][0].names.size
+        work += sum(model.item_ps[kind_of[i]] for i in of_chunk)
+        work += shared * model.token_ps[kinds[first]]
+        work += shared * sum(model.reread_ps[kind_of[i]] for i in others)
+        private, seen = 0, set()
+        for i in of_chunk if is_chain else ():
+            private = max(private, weight(reads_of[i]) - shared)
+            numbers = [
+                n
+                for f in range(items[i][8], items[i][8] - (-items[i][2] // 16))
+                for n in range(fragments[f][0], sum(fragments[f]))
+            ]
+            for n, read in zip(numbers, reads_of[i][1:], strict=True):
+                again = steps[n][0] in seen
+                seen.add(steps[n][0])
+                work += read.names.size * (model.reread_ps if again else model.token_ps)[0]
+                work += model.step_ps
+        solo = model.solo_item_ps[kinds[first]] + shared * model.solo_token_ps[kinds[first]]
+        wall = max(wall, solo + private * model.solo_token_ps[0])
+    return int(work * setup.shape.num_kv_heads // model.num_sms + wall)
