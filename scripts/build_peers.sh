@@ -36,6 +36,7 @@ sys.modules["flashinfer"] = package
 import torch
 from flashinfer.jit.attention.modules import gen_batch_decode_module, gen_batch_prefill_module
 from flashinfer.jit.cascade import gen_cascade_module
+from flashinfer.jit.xqa import gen_xqa_module
 
 bf16, index = torch.bfloat16, torch.int32
 plain = (0, False, False)  # no positional encoding, no sliding window, no logit cap
@@ -52,6 +53,8 @@ specs = [
     # Its ragged prefill would want the fa3 template; SGLANG_FLASHINFER_USE_PAGED=1 does without.
     gen_batch_decode_module(bf16, bf16, bf16, index, 64, 64, *plain),
     prefill("fa2", 64),
+    # XQA of bench_decode: page 64, head dim 128, one module a group size.
+    *(gen_xqa_module(bf16, bf16, 64, 128, group, False, bf16) for group in (1, 2, 4, 8)),
 ]
 for spec in specs:
     target = Path(os.environ["DEST"]) / spec.name / f"{spec.name}.so"
