@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from cases import make_case, random_forest
+from strategies import CHAINY
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
+from pat_sglang.host import HostPlanner
 from pat_sglang.reference import attention
 
 GEOMETRIES = [(4, 4, 16), (6, 2, 16), (5, 1, 8), (16, 1, 8)]
@@ -51,6 +55,70 @@ def case_for(geometry, forest, leaves, lens, **kwargs):
         forest, leaves, lens, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim,
         **kwargs,
     )  # fmt: skip
+
+
+def chain_planner_for(geometry, num_sms=1):
+    """A planner that makes chains wherever it can, and cuts the less the fewer SMs there are."""
+    planner = planner_for(geometry, sharing="on")
+    host = planner.host
+    planner.host = HostPlanner(host.shape, replace(CHAINY, num_sms=num_sms), host.capacity)
+    return planner
+
+
+@pytest.mark.parametrize("num_sms", [1, 132])
+@pytest.mark.parametrize("geometry", [*GEOMETRIES, (40, 1, 8)])
+def test_chains_on_random_forests(geometry, num_sms):
+    rng = np.random.default_rng(3)
+    planner = chain_planner_for(geometry, num_sms)
+    chains = partials = 0
+    for seed in range(12):
+        forest = random_forest(rng, int(rng.integers(2, 24)), max_len=200)
+        plan = check(planner, case_for(geometry, *forest, seed=seed), rows_padded=seed % 3)
+        chains += plan.stats.chains
+        partials += plan.stats.partial_slots
+    assert chains > 6
+    assert (partials > 0) == (num_sms > 1)
+
+
+@pytest.mark.parametrize("geometry", [(6, 2, 16), (16, 1, 8)])
+def test_tails_of_chains_grow_without_a_new_plan(geometry):
+    forest = Forest(np.array([-1, 0, 0]), np.array([300, 70, 40]))
+    leaves, lens = np.array([1, 2, 0, 1, 1, 2, -1]), np.array([370, 350, 300, 371, 380, 345, 9])
+    case = case_for(geometry, forest, leaves, lens, spare=64)
+    planner = chain_planner_for(geometry)
+    plan = check(planner, case)
+    assert plan.stats.chains > 0
+    for step in range(40):
+        case.grow(np.sign((np.arange(7) + step) % 3))
+        assert planner.advance(plan, host_lens=case.seq_lens.numpy())
+        check_output(plan, case)
+
+
+def test_one_row_of_a_chain_that_outgrows_its_tail_unseen_is_nan():
+    geometry, forest = (6, 2, 16), Forest(np.array([-1]), np.array([200]))
+    case = case_for(geometry, forest, np.zeros(5, np.int32), np.full(5, 210), spare=300)
+    planner = chain_planner_for(geometry)
+    plan = check(planner, case)
+    assert plan.stats.chains == 1
+    case.grow(np.array([1, 1, 200, 1, 0]))
+    assert planner.advance(plan)  # the host counted one token
+    out = pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale)
+    want = attention(
+        case.q, case.k_cache, case.v_cache, case.req_to_token, case.req_pool_indices,
+        case.seq_lens, case.sm_scale,
+    )  # fmt: skip
+    assert torch.isnan(out[2]).all()
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(out[others], want[others], atol=2e-5, rtol=2e-5)
+
+
+def test_explain_tells_of_chains():
+    geometry, forest = (4, 4, 16), Forest(np.array([-1]), np.array([300]))
+    case = case_for(geometry, forest, np.zeros(4, np.int32), np.full(4, 310))
+    text = check(chain_planner_for(geometry), case).explain()
+    assert "s0: [0, 300) under root" in text
+    assert "chains: 1 of the items, 4 private steps in 1 fragments of 16 query rows" in text
+    assert "chains" not in check(planner_for(geometry, sharing="off"), case).explain()
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

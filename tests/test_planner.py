@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_oracle import check_plan
-from strategies import Batch, Setup, batches, large_batch, large_batches, make_batch, setups
+from strategies import (
+    CHAINY,
+    Batch,
+    Setup,
+    batches,
+    large_batch,
+    large_batches,
+    make_batch,
+    setups,
+)
 
 from pat_sglang import cost, jit, layout, packing
-from pat_sglang.cost import H100
+from pat_sglang.cost import H100, CostModel
 from pat_sglang.forest import Forest, build_segment_tree
 from pat_sglang.host import HostPlanner
 from pat_sglang.layout import Capacity, CapacityError, capacity_for, lay_out
-from pat_sglang.packing import MAX_HORIZON, Shape, pack_rows
+from pat_sglang.packing import MAX_HORIZON, Search, Shape, pack_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import trees
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -73,12 +87,29 @@ def test_equals_oracle_on_large_batches(data: st.DataObject) -> None:
         np.testing.assert_array_equal(native_words(batch, setup), oracle_words(batch, setup))
 
 
+@pytest.mark.parametrize("model", [H100, CHAINY], ids=["h100", "chainy"])
 @pytest.mark.parametrize("kind", ["tree", "chain", "star", "levels"])
-def test_large_plan_is_right(kind: str) -> None:
+def test_large_plan_is_right(kind: str, model: CostModel) -> None:
     batch = large_batch(7, 512, 300, kind)
     capacity = capacity_for(512, int(batch.host_lens.sum()), 8000, 4, MAX_HORIZON)
     shape = Shape(4, 8, capacity.parts, capacity.items)
-    check(batch, Setup(shape, H100, capacity), 64)
+    check(batch, Setup(shape, model, capacity), 64)
+
+
+@pytest.mark.parametrize("heads", [(32, 32), (16, 8), (32, 8), (64, 8), (8, 1), (20, 4)])
+def test_equals_oracle_on_published_trees(heads: tuple[int, int]) -> None:
+    group, kv_heads = heads[0] // heads[1], heads[1]
+    for number in range(1, len(trees.PUBLISHED) + 1):
+        tree = trees.published(number)
+        forest = Forest(tree.parent, tree.length)
+        rows, tokens = tree.num_rows, tree.unique_tokens()
+        capacity = capacity_for(rows, tokens, 6 * rows + 4096, group, MAX_HORIZON)
+        shape = Shape(group, kv_heads, capacity.parts, capacity.items)
+        out = [np.zeros(capacity.words, np.int32) for _ in range(2)]
+        for native in (True, False):
+            planner = HostPlanner(shape, H100, capacity, native=native)
+            planner.plan(forest, tree.leaf, tree.seq_lens, out[native])
+        np.testing.assert_array_equal(*out)
 
 
 def test_scratch_memory_leaves_no_trace() -> None:
@@ -200,6 +231,16 @@ def test_bad_shape_is_named(field: str) -> None:
         HostPlanner(Shape(**values, max_parts=1, max_items=1), H100, SMALL)
 
 
+def test_a_search_is_for_python_only() -> None:
+    shape = Shape(2, 1, SMALL.parts, SMALL.items)
+    with pytest.raises(ValueError, match="native=False"):
+        HostPlanner(shape, H100, SMALL, search=Search())
+    plain = HostPlanner(shape, CHAINY, SMALL, native=False, search=Search(chains=False))
+    out = np.zeros(SMALL.words, np.int32)
+    plain.plan(Forest(np.array([-1]), np.array([500])), [0, 0], [510, 520], out)
+    assert out[layout.H_CHAINS] == 0
+
+
 def test_fallback_to_python_is_logged_once(monkeypatch, caplog) -> None:
     def no_compiler() -> None:
         raise jit.BuildError("no compiler here")
@@ -214,14 +255,14 @@ def test_fallback_to_python_is_logged_once(monkeypatch, caplog) -> None:
     ]
 
 
-def constants(name: str) -> dict[str, int]:
-    """Plain integer constants of a header."""
-    text = (CSRC / name).read_text()
+def constants(*files: Path) -> dict[str, int]:
+    """Plain integer constants of C++ files."""
+    text = "".join(path.read_text() for path in files)
     return {n: int(v) for n, v in re.findall(r"constexpr int\w* k(\w+) = (\d+);", text)}
 
 
 def test_layout_constants_are_the_same_in_both_languages() -> None:
-    found = constants("plan_layout.h")
+    found = constants(CSRC / "plan_layout.h")
     header = {
         re.sub(r"(?<!^)([A-Z])", r"_\1", name[6:]).upper(): value
         for name, value in found.items()
@@ -229,9 +270,11 @@ def test_layout_constants_are_the_same_in_both_languages() -> None:
     }
     header["WORDS"] = header.pop("WORD_COUNT")
     assert header == {n[2:]: v for n, v in vars(layout).items() if n.startswith("H_")}
-    assert found["HeaderWords"] == layout.HEADER_WORDS
-    assert found["ItemWords"] == layout.ITEM_WORDS
+    for table in ("Header", "Item", "Fragment", "Step", "Entry", "Run", "Tail"):
+        assert found[f"{table}Words"] == getattr(layout, f"{table.upper()}_WORDS")
     assert found["SlotAlign"] == layout.SLOT_ALIGN
+    assert found["TableAlign"] == layout.TABLE_ALIGN
+    assert found["FragmentRows"] == cost.FRAGMENT_ROWS
     tiles = re.search(r"kTiles\[kNumTiles\] = \{(.*)\};", (CSRC / "plan_layout.h").read_text())
     assert tiles is not None
     numbers = [int(n) for n in re.findall(r"\d+", tiles[1])]
@@ -239,12 +282,17 @@ def test_layout_constants_are_the_same_in_both_languages() -> None:
 
 
 def test_packing_constants_are_the_same_in_both_languages() -> None:
-    found = constants("host/packing.h")
+    files = sorted((CSRC / "host").glob("*.*"))
+    found = constants(*files)
     assert found["MaxInherit"] == packing.MAX_INHERIT
+    assert found["MaxChainDepth"] == packing.MAX_CHAIN_DEPTH
+    assert found["MaxChainGroup"] == packing.MAX_CHAIN_GROUP
     assert found["MinChunk"] == packing.MIN_CHUNK
     assert found["ChunkAlign"] == packing.CHUNK_ALIGN
     assert found["MaxHorizon"] == packing.MAX_HORIZON
-    text = (CSRC / "host/packing.cc").read_text()
+    assert found["ItemWarps"] == cost.ITEM_WARPS
+    text = "".join(path.read_text() for path in files)
     lists = dict(re.findall(r"constexpr int\w* k(\w+)\[\] = \{(.*)\};", text))
     assert tuple(map(int, lists["PartScales"].split(","))) == packing.PART_SCALES
-    assert tuple(map(int, lists["WallEighths"].split(","))) == (0, *packing.WALL_EIGHTHS)
+    assert tuple(map(int, lists["WallEighths"].split(","))) == packing.WALL_EIGHTHS
+    assert tuple(map(int, lists["ChainRows"].split(","))) == packing.Search().chain_rows
