@@ -30,6 +30,7 @@ struct CostModel {
   int64_t solo_item_ps[kNumTiles];
   int64_t solo_token_ps[kNumTiles];
   int64_t part_ps;
+  int64_t step_ps;
 };
 
 /// Sizes of the fixed buffers a plan must fit.

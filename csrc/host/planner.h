@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #include "cost_model.h"
+#include "item_writer.h"
+#include "packer.h"
 #include "packing.h"
 #include "scratch.h"
 #include "segment_tree.h"
@@ -25,27 +27,24 @@ class Planner {
   int64_t plan(const Batch& batch, int32_t* out, int64_t out_words);
 
  private:
-  struct Item {
-    int32_t words[kItemWords];
+  /// Rows of the tables whose size the packing decides.
+  struct Counts {
+    int64_t items = 0, fragments = 0, steps = 0, entries = 0, splits = 0;
   };
 
   int64_t place_slots(const SegmentTree& tree, int32_t horizon);
-  void number_parts(const Packing& packing);
-  void write_items(const Packing& packing, int32_t* entries);
-  void sort_items(int32_t num_items);
+  int32_t number_parts(const Packing& packing);
+  Counts count(const Packing& packing) const;
+  void write_small_tables(int32_t horizon, int32_t* out) const;
 
   Capacity capacity_;
-  int32_t group_size_;
   SegmentTree tree_;
   Packer packer_;
+  ItemWriter writer_;
 
   Scratch<int32_t> segment_slot_, tail_slot_;
-  Scratch<int32_t> part_ptr_, next_part_;  // [rows + 1], [rows]
-  Scratch<uint8_t> direct_;                // [rows] the row's only item writes the output
-  Scratch<Item> items_;                    // as created
-  Scratch<uint64_t> keys_, sorted_keys_;   // tile, weight and creation number of each item
-  int32_t tile_count_[kNumTiles] = {};
-  int64_t planned_tokens_ = 0;
+  Scratch<int32_t> part_ptr_;   // [rows + 1]
+  Scratch<int32_t> next_part_;  // [rows], -1: the row's only item writes the output
 };
 
 }  // namespace pat

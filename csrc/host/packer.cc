@@ -1,28 +1,18 @@
 // SPDX-License-Identifier: MIT
-#include "packing.h"
+#include "packer.h"
 
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace pat {
 namespace {
 
 constexpr int64_t kPartScales[] = {1, 4, 16, 64};
-constexpr int32_t kWallEighths[] = {0, 16, 8, 4, 2, 1};  // 0: no cut at all
 
 // Python's a // b for b > 0.
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-
-// a * b / c of non-negative values; the product of a step's picoseconds and the KV heads may pass
-// 64 bits for lengths near 2^31.
-int64_t mul_div(int64_t a, int64_t b, int64_t c) {
-  int64_t product;
-  if (!__builtin_mul_overflow(a, b, &product)) return product / c;
-  return static_cast<int64_t>(static_cast<__int128>(a) * b / c);
-}
-
-uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 int32_t horizon_of(const SegmentTree& tree) {
   int32_t shortest = tree.num_rows() > 0 ? tree.lens()[0] : 0;
@@ -35,7 +25,10 @@ int32_t horizon_of(const SegmentTree& tree) {
 }  // namespace
 
 Packer::Packer(const Shape& shape, const CostModel& model)
-    : shape_(shape), model_(model), prices_(shape.group_size, model) {}
+    : shape_(shape),
+      model_(model),
+      prices_(shape.group_size, model),
+      splitter_(shape, model, prices_) {}
 
 // Child lists and own rows of the segments. All own rows of a segment cost the same to merge, so
 // their number and their tokens are all the choice of packs needs.
@@ -71,16 +64,36 @@ void Packer::link(const SegmentTree& tree) {
     }
     num_levels_[u] = levels;
   }
+  if (shape_.group_size <= kMaxChainGroup) price_steps(tree);
 }
 
-// Bottom-up: the least cost of every segment and level, and who merges for it. Forced: no row reads a
-// shared run in its own tail.
+// What the steps of a chain cost, and how many levels of segments they have.
+void Packer::price_steps(const SegmentTree& tree) {
+  const int32_t n = tree.size();
+  levels_below_.fill(n, 0);
+  below_ps_.fill(n, 0);
+  for (int32_t u = n - 1; u >= 0; --u) {
+    below_ps_[u] += own_tokens_[u] * model_.token_ps[0] + own_rows_[u] * model_.step_ps;
+    const int32_t above = tree[u].parent;
+    if (above < 0) continue;
+    const int64_t query_rows = static_cast<int64_t>(tree[u].num_rows) * shape_.group_size;
+    const int64_t fragments = (query_rows + kFragmentRows - 1) / kFragmentRows;
+    const int64_t token_ps = model_.token_ps[0] + (fragments - 1) * model_.reread_ps[0];
+    below_ps_[above] +=
+        (tree[u].end - tree[u].begin) * token_ps + fragments * model_.step_ps + below_ps_[u];
+    levels_below_[above] = std::max(levels_below_[above], levels_below_[u] + 1);
+  }
+}
+
+// Bottom-up: the least cost of every segment and level, and who merges for it. Forced: no row reads
+// a shared run in its own tail.
 void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced) {
   const int32_t n = tree.size();
   const PriceTable::Price one = prices_[1];
   cost_.fit(n * kNumLevels);
   merged_rows_.fit(n * kNumLevels);
   merges_.fill(n, 0);
+  starts_chain_.fill(n, 0);
   Option* options = options_.fit(n);
   for (int32_t u = n - 1; u >= 0; --u) {
     const Segment& segment = tree[u];
@@ -89,6 +102,8 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced)
     for (int32_t v = first_child_[u]; v >= 0; v = next_sibling_[v]) {
       split_total += cost_[v * kNumLevels];
     }
+    const bool may_chain =
+        shape_.group_size <= kMaxChainGroup && levels_below_[u] <= kMaxChainDepth;
     for (int32_t j = 0; j < num_levels_[u]; ++j) {
       const int32_t start = starts_[u * kNumLevels + j];
       const int64_t tokens = segment.end - start;
@@ -141,6 +156,18 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced)
       }
       if (!forced) take_own_rows();
 
+      if (may_chain) {
+        const PriceTable::Price& price = prices_[segment.num_rows];
+        const int64_t chain = price.item_ps + tokens * price.token_ps + below_ps_[u] +
+                              (start > 0 ? segment.num_rows * part_ps : 0);
+        if (chain < best) {
+          best = chain;
+          best_segments = 0;
+          best_rows = 0;
+          starts_chain_[u] |= 1u << j;
+        }
+      }
+
       cost_[u * kNumLevels + j] = best;
       merged_rows_[u * kNumLevels + j] = best_rows;
       for (i = 0; i < best_segments; ++i) merges_[options[i].segment] |= 1u << j;
@@ -153,6 +180,7 @@ void Packer::choose_packs(const SegmentTree& tree) {
   const int32_t n = tree.size(), num_rows = tree.num_rows();
   level_.fit(n);
   pack_above_.fit(n);
+  chain_of_.fit(n);
   for (int32_t v = 0; v < n; ++v) {
     const int32_t above = tree[v].parent;
     const bool merges = above >= 0 && (merges_[v] >> level_[above] & 1);
@@ -160,23 +188,37 @@ void Packer::choose_packs(const SegmentTree& tree) {
     // Rows in the pack of v, or merged at v, are next in the pack of the nearest segment above
     // whose run v's pack does not take along.
     pack_above_[v] = merges ? pack_above_[above] : above;
+    chain_of_[v] = above >= 0 ? chain_of_[above] : -1;
+    if (chain_of_[v] < 0 && (starts_chain_[v] >> level_[v] & 1)) chain_of_[v] = v;
   }
 
+  // Within a chain nothing merges: all rows flow through its segments to the one that starts it.
   inflow_.fill(n, 0);
   pack_at_.fit(n);
+  first_row_.fit(n);
+  next_own_.fit(n);
   const auto merged_at = [&](int32_t u) { return merged_rows_[u * kNumLevels + level_[u]]; };
   for (int32_t u = n - 1; u >= 0; --u) {
     if (pack_above_[u] >= 0) inflow_[pack_above_[u]] += inflow_[u] + own_rows_[u];
   }
-  auto* shared = packing_.shared.fit(n);
+  SharedPack* shared = packing_.shared.fit(n);
   int32_t num_entries = 0;
-  packing_.num_shared = 0;
+  packing_.num_shared = packing_.num_chains = 0;
   for (int32_t u = 0; u < n; ++u) {
+    const int32_t above = tree[u].parent;
+    const bool in_chain = chain_of_[u] >= 0;
+    if (in_chain && chain_of_[u] != u) {  // depth first: its rows before the own rows of the parent
+      first_row_[u] = next_own_[u] = next_own_[above];
+      next_own_[above] += tree[u].num_rows;
+      continue;
+    }
     const int32_t rows = inflow_[u] + own_rows_[u] - merged_at(u);
     if (rows == 0) continue;
     pack_at_[u] = packing_.num_shared;
-    shared[packing_.num_shared++] = {u, starts_[u * kNumLevels + level_[u]], tree[u].end,
-                                     num_entries, rows};
+    shared[packing_.num_shared++] = {u,           starts_[u * kNumLevels + level_[u]],
+                                     tree[u].end, num_entries,
+                                     rows,        in_chain ? packing_.num_chains++ : -1};
+    next_own_[u] = num_entries;
     num_entries += rows;
   }
 
@@ -185,141 +227,59 @@ void Packer::choose_packs(const SegmentTree& tree) {
   for (int32_t i = 0; i < packing_.num_shared; ++i) cursor[i] = shared[i].first_row;
   own_seen_.fill(n, 0);
   int32_t* tail_start = packing_.tail_start.fit(num_rows);
+  uint8_t* in_chain = packing_.in_chain.fill(num_rows, 0);
   for (int32_t row = 0; row < num_rows; ++row) {
     const int32_t home = tree.home(row);
     tail_start[row] = 0;
     if (home < 0) continue;
-    const bool merged = ++own_seen_[home] <= merged_at(home);
-    tail_start[row] = merged ? starts_[home * kNumLevels + level_[home]] : tree[home].end;
-    for (int32_t u = merged ? pack_above_[home] : home; u >= 0; u = pack_above_[u]) {
-      rows[cursor[pack_at_[u]]++] = row;
+    int32_t u = home;
+    if (chain_of_[home] >= 0) {
+      in_chain[row] = 1;
+      tail_start[row] = tree[home].end;
+      rows[next_own_[home]++] = row;
+      u = pack_above_[chain_of_[home]];
+    } else {
+      const bool merged = ++own_seen_[home] <= merged_at(home);
+      tail_start[row] = merged ? starts_[home * kNumLevels + level_[home]] : tree[home].end;
+      if (merged) u = pack_above_[home];
     }
+    for (; u >= 0; u = pack_above_[u]) rows[cursor[pack_at_[u]]++] = row;
   }
+  if (packing_.num_chains > 0) collect_pieces(tree, num_entries);
 }
 
-Packer::Room Packer::room_for(int64_t mean_ps, int32_t eighths) const {
-  Room room;
-  for (int32_t k = 0; k < kNumTiles; ++k) {
-    const int64_t tokens = mul_div(mean_ps, eighths, 8) / model_.solo_token_ps[k];
-    room.tokens[k] = eighths == 0 ? INT64_MAX : std::max<int64_t>(tokens, kMinChunk);
+// The segments below the shared run of every chain and the tails of its rows, by first row. Of the
+// segments that begin at one row the deepest has the highest index, so that it is listed last.
+void Packer::collect_pieces(const SegmentTree& tree, int32_t num_entries) {
+  piece_at_.fill(num_entries, -1);
+  next_piece_.fit(tree.size());
+  int32_t num_segments = 0;
+  for (int32_t v = tree.size() - 1; v >= 0; --v) {
+    if (chain_of_[v] < 0 || chain_of_[v] == v) continue;
+    next_piece_[v] = std::exchange(piece_at_[first_row_[v]], v);
+    ++num_segments;
   }
-  return room;
-}
-
-Packer::Cut Packer::cut(int64_t tokens, int64_t room) {
-  if (tokens <= room) return {static_cast<int32_t>(tokens), 1};
-  const auto total = static_cast<uint32_t>(tokens);
-  const uint32_t count = ceil_div(total, static_cast<uint32_t>(room));
-  const uint32_t chunk = (ceil_div(total, count) + kChunkAlign - 1) / kChunkAlign * kChunkAlign;
-  return {static_cast<int32_t>(chunk), static_cast<int32_t>(ceil_div(total, chunk))};
-}
-
-// A tail that is cut has chunks for the horizon as well, empty at first.
-Packer::Cut Packer::cut_tail(int64_t tokens, int64_t room, int32_t horizon) {
-  Cut result = cut(tokens, room);
-  if (result.num_chunks > 1) {
-    result.num_chunks = static_cast<int32_t>(
-        ceil_div(static_cast<uint32_t>(tokens + horizon), static_cast<uint32_t>(result.chunk)));
-  }
-  return result;
-}
-
-// The best limit for the packs of packing_, or for one tail a row. As limits fall, work, partials
-// and items never fall, so the search ends early without changing what Python finds. nullopt: no
-// cut fits the workspace, or every one takes longer than give_up_ps.
-std::optional<Packer::Split> Packer::choose_split(const SegmentTree& tree, bool shared,
-                                                  int64_t give_up_ps) {
-  const int32_t num_rows = tree.num_rows(), num_shared = shared ? packing_.num_shared : 0;
-  const int32_t* lens = tree.lens();
-  const int32_t horizon = packing_.horizon;
-  const PriceTable::Price one = prices_[1];
-  const int64_t part_ps = model_.part_ps * shape_.group_size;
-
-  int64_t base_ps = 0, fixed_ps = 0, longest[kNumTiles] = {};
-  for (int32_t i = 0; i < num_shared; ++i) {
-    const Packing::SharedPack& pack = packing_.shared[i];
-    const PriceTable::Price& price = prices_[pack.num_rows];
-    const int64_t tokens = pack.end - pack.start;
-    base_ps += price.item_ps + tokens * price.token_ps;
-    fixed_ps = std::max(fixed_ps, model_.solo_item_ps[price.tile]);
-    longest[price.tile] = std::max(longest[price.tile], tokens);
-  }
-  if (num_rows > 0) {
-    int64_t sum = 0, most = 0;
-    for (int32_t row = 0; row < num_rows; ++row) {
-      const int64_t tokens = lens[row] - (shared ? packing_.tail_start[row] : 0);
-      sum += tokens;
-      most = std::max(most, tokens);
+  Chain* chain = packing_.chains.fit(packing_.num_chains);
+  Piece* pieces = packing_.pieces.fit(num_segments + tree.num_rows());
+  int32_t num_pieces = 0;
+  for (int32_t i = 0; i < packing_.num_shared; ++i) {
+    const SharedPack& pack = packing_.shared[i];
+    if (pack.chain < 0) continue;
+    *chain = {};
+    chain->first_piece = num_pieces;
+    chain->below_ps = below_ps_[pack.segment];
+    for (int32_t r = 0; r < pack.num_rows; ++r) {
+      for (int32_t v = piece_at_[pack.first_row + r]; v >= 0; v = next_piece_[v]) {
+        pieces[num_pieces++] = {v, r, r + tree[v].num_rows - 1, tree[v].end - tree[v].begin};
+      }
+      const int32_t row = packing_.rows[pack.first_row + r];
+      const int32_t tokens = tree.lens()[row] - packing_.tail_start[row];
+      pieces[num_pieces++] = {-1, r, r, tokens};
+      chain->longest_tail = std::max(chain->longest_tail, tokens);
     }
-    base_ps += num_rows * one.item_ps + sum * one.token_ps;
-    fixed_ps = std::max(fixed_ps, model_.solo_item_ps[one.tile]);
-    longest[one.tile] = std::max(longest[one.tile], most);
+    chain->num_pieces = num_pieces - chain->first_piece;
+    ++chain;
   }
-  const int64_t mean_ps = mul_div(base_ps, shape_.num_kv_heads, model_.num_sms);
-  if (mean_ps + fixed_ps > give_up_ps) return std::nullopt;
-
-  std::optional<Split> best;
-  for (const int32_t eighths : kWallEighths) {
-    const Room room = room_for(mean_ps, eighths);
-    bool any_cut = eighths == 0;
-    for (int32_t k = 0; k < kNumTiles; ++k) any_cut |= longest[k] > room.tokens[k];
-    if (!any_cut) continue;  // equal to no cut at all
-
-    int64_t work_ps = base_ps, wall_ps = 0, parts = 0, items = 0;
-    for (int32_t i = 0; i < num_shared; ++i) {
-      const Packing::SharedPack& pack = packing_.shared[i];
-      const PriceTable::Price& price = prices_[pack.num_rows];
-      const Cut c = cut(pack.end - pack.start, room.tokens[price.tile]);
-      const int64_t pack_parts = static_cast<int64_t>(pack.num_rows) * c.num_chunks;
-      parts += pack_parts;
-      items += static_cast<int64_t>(price.num_tiles) * c.num_chunks;
-      work_ps += (c.num_chunks - 1) * price.item_ps + pack_parts * part_ps;
-      wall_ps = std::max(
-          wall_ps, model_.solo_item_ps[price.tile] + c.chunk * model_.solo_token_ps[price.tile]);
-    }
-    int64_t tail_parts = 0, tail_chunks = 0, tail_chunk = 0;
-    for (int32_t row = 0; row < num_rows; ++row) {
-      const int32_t start = shared ? packing_.tail_start[row] : 0;
-      const Cut c = cut_tail(lens[row] - start, room.tokens[one.tile], horizon);
-      tail_chunks += c.num_chunks;
-      tail_parts += start == 0 && c.num_chunks == 1 ? 0 : c.num_chunks;
-      tail_chunk = std::max<int64_t>(tail_chunk, c.chunk);
-    }
-    if (num_rows > 0) {
-      parts += tail_parts;
-      items += tail_chunks * one.num_tiles;
-      work_ps += (tail_chunks - num_rows) * one.item_ps + tail_parts * part_ps;
-      wall_ps = std::max(
-          wall_ps, model_.solo_item_ps[one.tile] + tail_chunk * model_.solo_token_ps[one.tile]);
-    }
-    if (parts > shape_.max_parts || items > shape_.max_items) break;
-    const int64_t balanced_ps = mul_div(work_ps, shape_.num_kv_heads, model_.num_sms);
-    if (!best || balanced_ps + wall_ps < best->predicted_ps) {
-      best = Split{balanced_ps + wall_ps, eighths, mean_ps};
-    }
-    if (balanced_ps + fixed_ps >= best->predicted_ps) break;
-  }
-  return best;
-}
-
-void Packer::apply(const SegmentTree& tree, const Split& split) {
-  const int32_t num_rows = tree.num_rows(), num_shared = packing_.num_shared;
-  const Room room = room_for(split.mean_ps, split.eighths);
-  int32_t* chunk = packing_.chunk.fit(num_shared + num_rows);
-  int32_t* num_chunks = packing_.num_chunks.fit(num_shared + num_rows);
-  const auto store = [&](int32_t i, const Cut& c) {
-    chunk[i] = c.chunk;
-    num_chunks[i] = c.num_chunks;
-  };
-  for (int32_t i = 0; i < num_shared; ++i) {
-    const Packing::SharedPack& pack = packing_.shared[i];
-    store(i, cut(pack.end - pack.start, room.tokens[prices_[pack.num_rows].tile]));
-  }
-  for (int32_t row = 0; row < num_rows; ++row) {
-    store(num_shared + row, cut_tail(tree.lens()[row] - packing_.tail_start[row],
-                                     room.tokens[prices_[1].tile], packing_.horizon));
-  }
-  packing_.predicted_ps = split.predicted_ps;
 }
 
 const Packing& Packer::pack(const SegmentTree& tree) {
@@ -335,19 +295,21 @@ const Packing& Packer::pack(const SegmentTree& tree) {
       const bool forced = shape_.sharing == Sharing::kOn && scale == 1;
       choose_costs(tree, model_.part_ps * scale * shape_.group_size, forced);
       choose_packs(tree);
-      chosen = choose_split(tree, true, INT64_MAX);
+      chosen = splitter_.choose(tree, packing_, true, INT64_MAX);
       if (chosen) break;
       ++packing_.coarsened;
     }
   }
   packing_.sharing = chosen.has_value();
   if (shape_.sharing != Sharing::kOn || !chosen) {
-    const auto alone = choose_split(tree, false, chosen ? chosen->predicted_ps : INT64_MAX);
+    const auto alone =
+        splitter_.choose(tree, packing_, false, chosen ? chosen->predicted_ps : INT64_MAX);
     if (alone && (!chosen || alone->predicted_ps <= chosen->predicted_ps)) {
       chosen = alone;
       packing_.sharing = false;
-      packing_.num_shared = 0;
+      packing_.num_shared = packing_.num_chains = 0;
       packing_.tail_start.fill(num_rows, 0);
+      packing_.in_chain.fill(num_rows, 0);
     }
   }
   if (!chosen) {
@@ -356,7 +318,7 @@ const Packing& Packer::pack(const SegmentTree& tree) {
         " query heads per KV head need at least that many work items, but the plan holds " +
         std::to_string(shape_.max_items) + ": raise max_rows");
   }
-  apply(tree, *chosen);
+  splitter_.apply(tree, *chosen, packing_);
   return packing_;
 }
 

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+// Packs -> work items: how runs are cut along the tokens, and chains along their rows, so that no
+// work item lasts much longer than a limit. Mirrors choose_split of pat_sglang/packing.py.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "cost_model.h"
+#include "fragments.h"
+#include "packing.h"
+#include "scratch.h"
+#include "segment_tree.h"
+
+namespace pat {
+
+inline constexpr int32_t kMinChunk = 64;
+inline constexpr int32_t kChunkAlign = 32;
+
+/// A limit on the solo time of work items (in 1/8 of the mean, 0: none), and what it leads to.
+struct Split {
+  int64_t predicted_ps;
+  int32_t eighths;
+  int64_t mean_ps;
+};
+
+class Splitter {
+ public:
+  /// `prices` must outlive the splitter.
+  Splitter(const Shape& shape, const CostModel& model, const PriceTable& prices);
+
+  /// The best limit for the packs of `packing`, or, if not `shared`, for one tail a row. nullopt:
+  /// no cut fits the workspace, or every one takes longer than give_up_ps.
+  std::optional<Split> choose(const SegmentTree& tree, const Packing& packing, bool shared,
+                              int64_t give_up_ps);
+
+  /// Writes the cuts of the last choice to `packing`.
+  void apply(const SegmentTree& tree, const Split& split, Packing& packing);
+
+ private:
+  /// Tokens of the longest chunk of each tile under a limit, and of the steps of a warp.
+  struct Room {
+    int64_t tokens[kNumTiles];
+    int64_t steps;
+  };
+  struct Cut {
+    int32_t chunk;
+    int32_t num_chunks;
+  };
+  /// Cost of a whole plan.
+  struct Sums {
+    int64_t work_ps;
+    int64_t wall_ps;
+    int64_t parts;
+    int64_t items;
+  };
+
+  static constexpr int32_t kMaxTries = 8;
+  /// The steps of a chain for each number of rows an item that was tried. They depend on the limit
+  /// only through the separated tails, and which these are, only through their number.
+  struct Tried {
+    int32_t num_separated = -1;
+    uint32_t known = 0;  // bit i: try i is filled in
+    FragmentLoad loads[kMaxTries];
+  };
+  struct ChainCut {
+    Cut run;
+    int32_t rows_per_item;
+    int32_t num_items;
+    int32_t tile;
+    int32_t num_separated;
+    FragmentLoad load;
+  };
+
+  Room room_for(int64_t mean_ps, int32_t eighths) const;
+  static Cut cut(int64_t tokens, int64_t room);
+  static Cut cut_tail(int64_t tokens, int64_t room, int32_t horizon);
+  ChainCut cut_chain(const Packing& packing, const SharedPack& pack, const Room& room);
+  void add_chain(const Packing& packing, const SharedPack& pack, const Room& room, Sums& sums);
+
+  Shape shape_;
+  CostModel model_;
+  const PriceTable& prices_;
+  int32_t tried_rows_[kMaxTries];  // rows of a chain's items, in the order they are tried
+  int32_t num_tries_ = 0;
+  Scratch<Tried> tried_;  // [chains]
+  FragmentGrid grid_;
+};
+
+}  // namespace pat
