@@ -28,8 +28,10 @@ if str(ROOT) not in sys.path:
 Row = dict[str, Any]
 
 L2_FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU below
-COLD_REPEATS = 30
+COLD_REPEATS, FEWEST_COLD = 30, 10
+COLD_BUDGET_US = 10_000.0  # replays of one measure together, from FEWEST_COLD on
 WARM_BATCHES, WARM_REPEATS = 5, 10
+WARM_BUDGET_US = 1_000.0  # of one batch
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class GpuLimits:
 # H100: the constants of anchors.md, so that ratios compare. H200: a device-to-device copy and an
 # 8192^3 bf16 product measured here (KINDS.md). Other GPUs take the copy rate of the same run.
 GPU_LIMITS = {"h100": GpuLimits(3.0e12, 800e12), "h200": GpuLimits(4.3e12, 790e12)}
+
+
+def limit_us(limits: GpuLimits, kv_bytes: int, flops: int) -> float:
+    """What physics allows: the bytes once at the copy rate, or the products at the matrix rate."""
+    return 1e6 * max(kv_bytes / limits.copy_bytes_per_s, flops / limits.matrix_flop_per_s)
 
 
 def gpu_name() -> str:
@@ -144,8 +151,24 @@ def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)
 
 
-def time_cold(graph: Any, flush: torch.Tensor, repeats: int = COLD_REPEATS) -> float:
-    """Median microseconds of a replay after `flush` was written: L2 holds none of the KV."""
+def time_once(graph: Any) -> float:
+    """Microseconds of one replay, L2 as it is: to choose the number of repeats by."""
+    begin, end = _event(), _event()
+    begin.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
+def time_cold(graph: Any, flush: torch.Tensor, expected_us: float = 0.0) -> float:
+    """Median microseconds of a replay after `flush` was written: L2 holds none of the KV.
+
+    30 replays, and down to 10 of a graph that is expected to take a millisecond or more.
+    """
+    repeats = COLD_REPEATS
+    if expected_us > 0:
+        repeats = max(FEWEST_COLD, min(COLD_REPEATS, int(COLD_BUDGET_US / expected_us)))
     pairs = [(_event(), _event()) for _ in range(repeats)]
     for begin, end in pairs:
         flush.zero_()  # also keeps the host ahead: replay and events are queued while it runs
@@ -156,8 +179,14 @@ def time_cold(graph: Any, flush: torch.Tensor, repeats: int = COLD_REPEATS) -> f
     return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in pairs)
 
 
-def time_warm(graph: Any, batches: int = WARM_BATCHES, repeats: int = WARM_REPEATS) -> float:
-    """Microseconds of a replay in back-to-back replays: median over batches of the mean."""
+def time_warm(graph: Any, expected_us: float = 0.0) -> float:
+    """Microseconds of a replay in back-to-back replays: median over batches of the mean.
+
+    5 batches of 10, and down to 3 batches of 2 of a graph that is expected to take long.
+    """
+    batches, repeats = WARM_BATCHES, WARM_REPEATS
+    if expected_us * repeats > WARM_BUDGET_US:
+        batches, repeats = 3, max(2, int(WARM_BUDGET_US / expected_us))
     pairs = [(_event(), _event()) for _ in range(batches)]
     graph.replay()
     for begin, end in pairs:

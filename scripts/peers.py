@@ -5,16 +5,18 @@
 `run` is the attention call alone and can be captured in a CUDA graph. What each of them calls was
 read in SGLang 0.5.17, sglang-kernel 0.4.5 and FlashInfer 0.6.15.post1.
 
-Page size 64: an engine with such pages shares a page only where all of it is shared. So the peers
-of page 64 get a cache of their own in which every page that is shared in part exists once for each
-of its owners (`Tree.at_page_size`), holding the same tokens; results are equal to page size 1.
+Page size 64: an engine with such pages shares a page only where all of it is shared. So backends of
+page 64 get a layout in which every page that is shared in part exists once for each of its owners
+(`Tree.at_page_size`). Both layouts lie in the same pool, so their outputs are not the same.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,14 +25,18 @@ from gpu_common import ROOT
 from trees import Layout, Tree
 
 FLASHINFER_WORKSPACE = 1 << 30  # cascade levels of 1024 rows need more than the usual 128 MB
+XQA_WORKSPACE = 256 << 20  # its own: the first 8 MB are counters that must stay zero between calls
 AOT_ENV = "PAT_FLASHINFER_AOT"  # folder of build_peers.sh; default .carry/flashinfer_aot
 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the benchmark, in one page size."""
+    """One cell of the benchmark, in one page size.
 
-    tree: Tree
+    What follows from the layout alone is made once and shared by the copies for other heads.
+    """
+
+    tree: Tree  # aligned to the page size
     layout: Layout
     q: torch.Tensor  # [rows, q_heads, d]
     k: torch.Tensor  # [slots, kv_heads, d]
@@ -38,6 +44,26 @@ class Case:
     req_to_token: torch.Tensor  # int32 [rows, tokens] on the device
     seq_lens: torch.Tensor  # int32 [rows] on the device
     sm_scale: float
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()` of the first call with this name."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
+
+    def page_table(self) -> torch.Tensor:
+        """int32 [rows, pages] on the device."""
+        return self.once(
+            "page_table", lambda: torch.from_numpy(self.layout.page_table()).to(self.k.device)
+        )
+
+    def stream_slots(self) -> torch.Tensor:
+        """int32 [unique tokens] on the device, in the order of the tokens."""
+        return self.once(
+            "stream_slots",
+            lambda: torch.from_numpy(self.layout.stream_slots(self.tree)).to(self.k.device),
+        )
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -83,7 +109,7 @@ class Fa3(Peer):
         self.metadata_of = flash_attn.get_scheduler_metadata
         self.case = case
         self.k, self.v = case.paged()
-        self.page_table = torch.from_numpy(case.layout.page_table()).to(case.q.device)
+        self.page_table = case.page_table()
         self.cu_seqlens_q = torch.arange(
             case.tree.num_rows + 1, dtype=torch.int32, device=case.q.device
         )
@@ -128,14 +154,10 @@ class Fa3(Peer):
         )
 
 
-_workspace: list[torch.Tensor] = []
-
-
-def flashinfer_workspace() -> torch.Tensor:
-    """One zeroed float workspace for all FlashInfer peers: they run one after the other."""
-    if not _workspace:
-        _workspace.append(torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device="cuda"))
-    return _workspace[0]
+@functools.cache
+def flashinfer_workspace(nbytes: int = FLASHINFER_WORKSPACE) -> torch.Tensor:
+    """One zeroed workspace for all FlashInfer peers of a kind: they run one after the other."""
+    return torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
 
 
 def import_flashinfer() -> Any:
@@ -165,13 +187,7 @@ class FlashInferDecode(Peer):
         flashinfer = import_flashinfer()
         self.case = case
         rows, device = case.tree.num_rows, case.q.device
-        lens = case.tree.seq_lens
-        pages = -(-lens // self.page_size)
-        table = case.layout.page_table()
-        self.indptr = torch.from_numpy(np.append(0, np.cumsum(pages)).astype(np.int32))
-        live = np.arange(table.shape[1]) < pages[:, None]
-        self.indices = torch.from_numpy(table[live]).to(device)
-        self.last = torch.from_numpy(((lens - 1) % self.page_size + 1).astype(np.int32))
+        self.indptr, self.indices, self.last = case.once("csr", self._csr)
         buffers: dict[str, Any] = {}
         if self.graph:
             buffers = {
@@ -186,6 +202,18 @@ class FlashInferDecode(Peer):
         self.cache = case.paged()
         self.out = torch.empty_like(case.q)
         self.plan()
+
+    def _csr(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pages of the rows: offsets (host), pages (device), tokens in the last page (host)."""
+        lens = self.case.tree.seq_lens
+        pages = -(-lens // self.page_size)
+        table = self.case.page_table()
+        live = torch.arange(table.shape[1]) < torch.from_numpy(pages)[:, None]
+        return (
+            torch.from_numpy(np.append(0, np.cumsum(pages)).astype(np.int32)),
+            table[live.to(table.device)],
+            torch.from_numpy(((lens - 1) % self.page_size + 1).astype(np.int32)),
+        )
 
     def plan(self) -> None:
         q_heads, kv_heads = self.case.heads
@@ -216,21 +244,7 @@ class Cascade(Peer):
     def prepare(self, case: Case) -> None:
         flashinfer = import_flashinfer()
         self.case = case
-        device = case.q.device
-        table = case.layout.req_to_token
-        self.levels: list[list[torch.Tensor]] = [[], [], [], []]
-        for qo_indptr, spans in case.tree.levels():
-            lengths = [end - begin for _, begin, end in spans]
-            slots = np.concatenate([table[row, begin:end] for row, begin, end in spans])
-            columns = (
-                qo_indptr,
-                np.append(0, np.cumsum(lengths)).astype(np.int32),
-                slots,
-                np.ones(len(spans), np.int32),
-            )
-            for place, column in zip(self.levels, columns, strict=True):
-                place.append(torch.from_numpy(column))
-        self.levels[2] = [slots.to(device) for slots in self.levels[2]]
+        self.levels = case.once("levels", self._levels)
         self.wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(
             len(self.levels[0]), flashinfer_workspace(), "NHD"
         )
@@ -238,6 +252,24 @@ class Cascade(Peer):
             level._backend = "fa2"
         self.cache = case.paged()
         self.plan()
+
+    def _levels(self) -> list[list[torch.Tensor]]:
+        """By level: qo_indptr, kv_indptr (host), slots (device), tokens in the last page (host)."""
+        table = self.case.layout.req_to_token
+        columns: list[list[torch.Tensor]] = [[], [], [], []]
+        for qo_indptr, spans in self.case.tree.levels():
+            lengths = [end - begin for _, begin, end in spans]
+            slots = np.concatenate([table[row, begin:end] for row, begin, end in spans])
+            arrays = (
+                qo_indptr,
+                np.append(0, np.cumsum(lengths)).astype(np.int32),
+                slots,
+                np.ones(len(spans), np.int32),
+            )
+            for place, array in zip(columns, arrays, strict=True):
+                place.append(torch.from_numpy(array))
+        columns[2] = [slots.to(self.case.q.device) for slots in columns[2]]
+        return columns
 
     def plan(self) -> None:
         q_heads, kv_heads = self.case.heads
@@ -257,6 +289,40 @@ class Cascade(Peer):
         return self.wrapper.run(self.case.q, self.cache)
 
 
+class Xqa(Peer):
+    """TensorRT-LLM's XQA, through FlashInfer; it has no plan."""
+
+    def prepare(self, case: Case) -> None:
+        import_flashinfer()
+        from flashinfer.decode import trtllm_batch_decode_with_kv_cache
+
+        self.kernel = trtllm_batch_decode_with_kv_cache
+        self.case = case
+        self.cache = case.paged()
+        self.page_table = case.page_table()
+        self.max_seq_len = int(case.tree.seq_lens.max())
+        self.workspace = flashinfer_workspace(XQA_WORKSPACE)
+        self.out = torch.empty_like(case.q)
+
+    def plan(self) -> None:
+        """Nothing to plan."""
+
+    def run(self) -> torch.Tensor:
+        return self.kernel(
+            self.case.q,
+            self.cache,
+            self.workspace,
+            self.page_table,
+            self.case.seq_lens,
+            self.max_seq_len,
+            bmm1_scale=self.case.sm_scale,
+            bmm2_scale=1.0,
+            out=self.out,
+            kv_layout="NHD",
+            backend="xqa",
+        )
+
+
 PEERS: dict[str, Any] = {
     "fa3_p1": lambda: Fa3(1),
     "fa3_p64": lambda: Fa3(64),
@@ -265,5 +331,5 @@ PEERS: dict[str, Any] = {
     "fi_decode_p1_graph": lambda: FlashInferDecode(1, graph=True),
     "fi_decode_p64_graph": lambda: FlashInferDecode(64, graph=True),
     "cascade": lambda: Cascade(1),
+    "xqa_p64": lambda: Xqa(64),
 }
-DEFAULT_PEERS = ["fa3_p1", "fa3_p64", "fi_decode_p1", "fi_decode_p64", "cascade"]

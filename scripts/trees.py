@@ -145,6 +145,28 @@ class Layout:
         columns = np.arange(self.req_to_token.shape[1])
         return np.unique(self.req_to_token[columns < seq_lens[:, None]])
 
+    def stream_slots(self, tree: Tree) -> Ints:
+        """Every slot of `tree` that holds a token, once: nodes in their order, then own tokens.
+
+        `tree` is what the layout was made of. This is the order in which a stream reads the cache.
+        """
+        ends, tails = tree.ends(), tree.tail_begins()
+        reader = np.full(len(tree.parent), -1)  # some row below each node
+        reader[tree.leaf[tree.leaf >= 0]] = np.flatnonzero(tree.leaf >= 0)
+        for node in range(len(tree.parent) - 1, -1, -1):
+            if tree.parent[node] >= 0 and reader[node] >= 0:
+                reader[tree.parent[node]] = reader[node]
+        parts = [
+            self.req_to_token[row, end - length : end]
+            for row, end, length in zip(reader, ends, tree.length, strict=True)
+            if row >= 0
+        ]
+        parts += [
+            self.req_to_token[row, begin:end]
+            for row, (begin, end) in enumerate(zip(tails, tree.seq_lens, strict=True))
+        ]
+        return np.concatenate(parts)
+
     def page_table(self) -> Ints:
         """[rows, pages]: the page of every page_size-th token."""
         return np.ascontiguousarray(self.req_to_token[:, :: self.page_size] // self.page_size)
@@ -217,6 +239,15 @@ def parse(text: str, name: str | None = None) -> Tree:
 def published(number: int) -> Tree:
     """Tree 1 to 20 of the published benchmark, named pat01 to pat20."""
     return parse(PUBLISHED[number - 1], f"pat{number:02d}")
+
+
+def plain(rows: int, tokens: int) -> Tree:
+    """Rows of equal length that share nothing."""
+    none = np.empty(0, np.int32)
+    return Tree(
+        f"plain{rows}x{tokens}", none, none, np.full(rows, -1, np.int32),
+        np.full(rows, tokens, np.int32),
+    )  # fmt: skip
 
 
 # Random forests
