@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from gpu_common import Row
 from peers import Case, Peer
+from suites import HEAD_DIM
 
 
 class Planners:
@@ -17,18 +18,17 @@ class Planners:
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self._made: dict[Any, Any] = {}
 
-    def of(self, case: Case) -> Any:
+    def of(self, q_heads: int, kv_heads: int, dtype: torch.dtype, device: str) -> Any:
         from pat_sglang import DecodePlanner
 
-        q_heads, kv_heads = case.heads
-        key = (q_heads, kv_heads, case.q.dtype)
+        key = (q_heads, kv_heads)
         if key not in self._made:
             self._made[key] = DecodePlanner(
                 num_q_heads=q_heads,
                 num_kv_heads=kv_heads,
-                head_dim=case.q.shape[2],
-                dtype=case.q.dtype,
-                device=case.q.device.type,
+                head_dim=HEAD_DIM,
+                dtype=dtype,
+                device=device,
                 max_rows=self.max_rows,
                 max_tokens=self.max_tokens,
             )
@@ -46,7 +46,7 @@ class Pat(Peer):
         from pat_sglang import Forest, pat_decode
 
         self.case, self.decode = case, pat_decode
-        self.planner = self.planners.of(case)
+        self.planner = self.planners.of(*case.heads, case.q.dtype, case.q.device.type)
         self.forest = Forest(case.tree.parent, case.tree.length)
         self.rows = torch.arange(case.tree.num_rows, dtype=torch.int64, device=case.q.device)
         self.out = torch.empty_like(case.q)
