@@ -2,7 +2,7 @@
 # The GPU scripts on a lent machine that has torch, nvcc and nothing of ours, and no network.
 #
 # Here, before (needs no GPU; again after every change of csrc/):
-#   bash scripts/gpu_session.sh local        fills .carry/: PAT's kernels, FlashInfer's modules, tvm-ffi, the commit
+#   bash scripts/gpu_session.sh local        fills .carry/: PAT's kernels, streams, FlashInfer's modules, tvm-ffi, the commit
 #                                            (PAT_PATHS="sm90 sm80": the A100 kernels for this GPU too)
 #   bash ../shared/gpu/make_bundle.sh .gpu-bundle          SGLang and the model in parts of 58 MiB
 #
@@ -11,6 +11,7 @@
 #   1. kernels alone need no bundle: one call
 #        carry [".carry"]                           bash scripts/gpu_session.sh kernels --budget-s 200
 #        carry [".carry"]                           bash scripts/gpu_session.sh sanitize
+#      likewise floor (before bench, which uses what it chose), regret and ablation
 #   2. peers and servers need the site parts
 #        carry [".gpu-bundle/site.00"]              bash scripts/gpu_session.sh part      (01 to 04 likewise)
 #        carry [".carry", ".gpu-bundle/site.05", ".gpu-bundle/unpack_bundle.sh",
@@ -42,7 +43,7 @@ import time
 
 from pat_sglang import jit
 
-keep = {jit.build_host().parent}
+keep = {jit.build_host().parent, jit.build_stream().parent}
 for path in os.environ.get("PAT_PATHS", "sm90").split():
     for dtype in jit.SUPPORTED_DTYPES:
         for head_dim in jit.SUPPORTED_HEAD_DIMS:
@@ -142,15 +143,22 @@ bench() {
   python3 scripts/bench_decode.py "$@" 2>&1 | tee "$log"
 }
 
+# Scripts that need nothing but PAT: the streams that are the floor, and plans other than the chosen.
+alone() {
+  environment "$1"
+  python3 "scripts/bench_$1.py" "${@:2}" 2>&1 | tee "$log"
+}
+
 serving() {
   environment serving
   python3 scripts/gpu_serving_check.py --model "$gpu/smollm2" "$@" 2>&1 | tee "$log"
 }
 
-command=${1:?local, part, unpack, kernels, sanitize, bench or serving}
+command=${1:?local, part, unpack, kernels, sanitize, floor, regret, ablation, bench or serving}
 shift
 case $command in
   local) local_ ;;
+  floor | regret | ablation) alone "$command" "$@" ;;
   part | unpack | kernels | sanitize | bench | serving) "$command" "$@" ;;
   *) echo "unknown subcommand $command" >&2; exit 2 ;;
 esac
