@@ -129,28 +129,27 @@ void ItemWriter::add_chain(const ItemJob& job, const Chain& chain, const int32_t
                            int32_t num_rows, Item item, int64_t planned) {
   const Piece* pieces = job.packing.pieces.data() + chain.first_piece;
   const int64_t tail_room = job.packing.tail_room;
-  const FragmentLoad load =
-      grid_.cut(num_rows, chain.rows_per_item, pieces, chain.num_pieces, tail_room);
+  const FragmentGrid grid(group_size_, num_rows, chain.rows_per_item);
+  RowLoad* row_loads = row_loads_.fit(num_rows + 1);
+  sum_pieces(pieces, chain.num_pieces, tail_room, num_rows, row_loads);
+  int32_t* next_step = next_step_.fit(grid.num_fragments());
+  int32_t* fragments = job.fragments + static_cast<int64_t>(kFragmentWords) * num_fragments_;
   const int32_t first_entry = item.words[kItemFirstEntry];
-  for (int32_t i = 0; i < grid_.num_items(); ++i) {
-    const int32_t first_row = i * chain.rows_per_item;
-    const int32_t query_rows = std::min(chain.rows_per_item, num_rows - first_row) * group_size_;
-    item.words[kItemFirstEntry] = first_entry + first_row;
+  for (int32_t i = 0; i < grid.num_items(); ++i) {
+    const FragmentLoad load = grid.load_of(row_loads, i, [&](int32_t f, int32_t steps) {
+      fragments[kFragmentWords * f + kFragmentFirstStep] = next_step[f] = num_steps_;
+      fragments[kFragmentWords * f + kFragmentNumSteps] = steps;
+      num_steps_ += steps;
+    });
+    const int32_t query_rows = grid.rows_of(i) * group_size_;
+    item.words[kItemFirstEntry] = first_entry + grid.first_row(i);
     item.words[kItemQueryRows] = query_rows;
-    item.words[kItemFirstFragment] = num_fragments_ + grid_.first_fragment(i);
-    add_item(num_items_++, PriceTable::tile_for(query_rows), planned + grid_.longest_warp(i), item);
+    item.words[kItemFirstFragment] = num_fragments_ + grid.first_fragment(i);
+    add_item(num_items_++, PriceTable::tile_for(query_rows), planned + load.longest_warp, item);
+    planned_tokens_ += planned + load.tokens;
   }
-  num_chain_items_ += grid_.num_items();
-  planned_tokens_ += grid_.num_items() * planned + load.tokens;
-
-  int32_t* next_step = next_step_.fit(grid_.num_fragments());
-  int32_t* fragment = job.fragments + static_cast<int64_t>(kFragmentWords) * num_fragments_;
-  for (int32_t f = 0; f < grid_.num_fragments(); ++f, fragment += kFragmentWords) {
-    fragment[kFragmentFirstStep] = next_step[f] = num_steps_;
-    fragment[kFragmentNumSteps] = grid_.steps(f);
-    num_steps_ += grid_.steps(f);
-  }
-  num_fragments_ += grid_.num_fragments();
+  num_chain_items_ += grid.num_items();
+  num_fragments_ += grid.num_fragments();
 
   for (int32_t i = 0; i < chain.num_pieces; ++i) {
     const Piece& piece = pieces[i];
@@ -160,7 +159,7 @@ void ItemWriter::add_chain(const ItemJob& job, const Chain& chain, const int32_t
     const int32_t slot = is_tail ? job.tail_slot[row] : job.segment_slot[piece.segment];
     const int32_t length = is_tail ? piece.tokens + job.packing.horizon : piece.tokens;
     const int32_t tail_position = is_tail ? job.tree.tail_begin(row) : -1;
-    grid_.for_each_fragment(piece, [&](int32_t f, int32_t lo, int32_t hi) {
+    grid.for_each_fragment(piece, [&](int32_t f, int32_t lo, int32_t hi) {
       int32_t* step = job.steps + static_cast<int64_t>(kStepWords) * next_step[f]++;
       step[kStepSlot] = slot;
       step[kStepLength] = length;

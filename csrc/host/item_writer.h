@@ -32,7 +32,7 @@ struct ItemJob {
 
 class ItemWriter {
  public:
-  explicit ItemWriter(int32_t group_size) : group_size_(group_size), grid_(group_size) {}
+  explicit ItemWriter(int32_t group_size) : group_size_(group_size) {}
 
   void write(const ItemJob& job);
 
@@ -60,10 +60,10 @@ class ItemWriter {
   void sort(int32_t num_items);
 
   int32_t group_size_;
-  FragmentGrid grid_;
   Scratch<Item> items_;                   // as created
   Scratch<uint64_t> keys_, sorted_keys_;  // tile, weight and creation number of each item
-  Scratch<int32_t> next_step_;            // [fragments of a chain]
+  Scratch<RowLoad> row_loads_;            // [rows + 1] of a chain
+  Scratch<int32_t> next_step_;            // [fragments] of a chain
   int32_t num_items_ = 0, num_entries_ = 0, num_fragments_ = 0, num_steps_ = 0;
   int32_t num_chain_items_ = 0;
   int32_t tile_count_[kNumTiles] = {};

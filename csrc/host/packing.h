@@ -25,7 +25,6 @@ struct Chain {
   int32_t num_pieces;
   int32_t longest_tail;   // tokens
   int32_t rows_per_item;  // request rows of a work item
-  int32_t num_fragments;
   int64_t num_steps;
   int64_t below_ps;  // SM time of its steps if nothing is cut
 };

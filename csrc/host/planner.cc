@@ -42,6 +42,7 @@ void check(const Shape& shape, const CostModel& model, const Capacity& capacity)
 
 Planner::Planner(const Shape& shape, const CostModel& model, const Capacity& capacity)
     : capacity_(capacity),
+      group_size_(shape.group_size),
       packer_((check(shape, model, capacity), shape), model),
       writer_(shape.group_size) {}
 
@@ -94,9 +95,10 @@ Planner::Counts Planner::count(const Packing& packing) const {
     int64_t num_plain = chunks;
     if (pack.chain >= 0) {
       const Chain& chain = packing.chains[pack.chain];
+      const FragmentGrid grid(group_size_, pack.num_rows, chain.rows_per_item);
       --num_plain;
-      counts.items += (pack.num_rows + chain.rows_per_item - 1) / chain.rows_per_item;
-      counts.fragments += chain.num_fragments;
+      counts.items += grid.num_items();
+      counts.fragments += grid.num_fragments();
       counts.steps += chain.num_steps;
     }
     counts.items += num_plain * packer_.prices()[pack.num_rows].num_tiles;

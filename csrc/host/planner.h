@@ -38,6 +38,7 @@ class Planner {
   void write_small_tables(int32_t horizon, int32_t* out) const;
 
   Capacity capacity_;
+  int32_t group_size_;
   SegmentTree tree_;
   Packer packer_;
   ItemWriter writer_;

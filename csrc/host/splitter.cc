@@ -22,7 +22,7 @@ uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 Splitter::Splitter(const Shape& shape, const CostModel& model, const PriceTable& prices)
-    : shape_(shape), model_(model), prices_(prices), grid_(shape.group_size) {
+    : shape_(shape), model_(model), prices_(prices) {
   for (const int32_t query_rows : kChainRows) {
     const int32_t rows = query_rows / shape.group_size;
     if (rows > 0) tried_rows_[num_tries_++] = rows;
@@ -75,9 +75,11 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
     }
   }
   Tried& tried = tried_[pack.chain];
+  RowLoad* row_loads = row_loads_.data() + chain.first_piece + pack.chain;
   if (tried.num_separated != num_separated) {
     tried.num_separated = num_separated;
     tried.known = 0;
+    sum_pieces(pieces, chain.num_pieces, tail_room, pack.num_rows, row_loads);
   }
 
   // Of several numbers that make a single item the last gives the same as the first.
@@ -85,8 +87,8 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
   while (i + 1 < num_tries_ && tried_rows_[i + 1] >= pack.num_rows) ++i;
   for (;; ++i) {
     if ((tried.known >> i & 1) == 0) {
-      tried.loads[i] =
-          grid_.cut(pack.num_rows, tried_rows_[i], pieces, chain.num_pieces, tail_room);
+      const FragmentGrid grid(shape_.group_size, pack.num_rows, tried_rows_[i]);
+      tried.loads[i] = grid.load(row_loads);
       tried.known |= 1u << i;
     }
     if (tried.loads[i].longest_warp <= room.steps || i + 1 == num_tries_) break;
@@ -99,6 +101,7 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
           (pack.num_rows + rows - 1) / rows,
           tile,
           num_separated,
+          row_loads[pack.num_rows].begun_tokens,
           tried.loads[i]};
 }
 
@@ -122,8 +125,8 @@ void Splitter::add_chain(const Packing& packing, const SharedPack& pack, const R
   sums.work_ps +=
       c.num_items * model_.item_ps[c.tile] +
       tokens * (model_.token_ps[c.tile] + (c.num_items - 1) * model_.reread_ps[c.tile]) +
-      c.load.unique_tokens * model_.token_ps[0] +
-      (c.load.tokens - c.load.unique_tokens) * model_.reread_ps[0] + c.load.steps * model_.step_ps +
+      c.unique_tokens * model_.token_ps[0] +
+      (c.load.tokens - c.unique_tokens) * model_.reread_ps[0] + c.load.steps * model_.step_ps +
       parts * model_.part_ps * shape_.group_size;
   sums.wall_ps =
       std::max(sums.wall_ps, model_.solo_item_ps[c.tile] + tokens * model_.solo_token_ps[c.tile] +
@@ -142,6 +145,13 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
   const auto tail_start = [&](int32_t row) { return shared ? packing.tail_start[row] : 0; };
   const auto in_chain = [&](int32_t row) { return num_chains > 0 && packing.in_chain[row]; };
 
+  if (num_chains > 0) {
+    const Chain& last = packing.chains[num_chains - 1];
+    tried_.fit(num_chains);
+    row_loads_.fit(last.first_piece + last.num_pieces +
+                   num_chains);  // a piece or more for each row
+  }
+
   // Plain packs uncut; all that chains cost depends on the limit, but they have a part in the mean.
   int64_t packs_ps = 0, chains_ps = 0, fixed_ps = 0, longest[kNumTiles] = {};
   for (int32_t i = 0; i < num_shared; ++i) {
@@ -151,7 +161,7 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
     const int64_t pack_ps = price.item_ps + tokens * price.token_ps;
     if (pack.chain >= 0) {
       chains_ps += pack_ps + packing.chains[pack.chain].below_ps;
-      tried_.fit(num_chains)[pack.chain].num_separated = -1;
+      tried_[pack.chain].num_separated = -1;
       continue;
     }
     packs_ps += pack_ps;
@@ -245,7 +255,6 @@ void Splitter::apply(const SegmentTree& tree, const Split& split, Packing& packi
       const ChainCut c = cut_chain(packing, pack, room);
       Chain& chain = packing.chains[pack.chain];
       chain.rows_per_item = c.rows_per_item;
-      chain.num_fragments = c.load.fragments;
       chain.num_steps = c.load.steps;
       store(i, c.run);
     } else {

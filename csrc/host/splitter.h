@@ -59,8 +59,8 @@ class Splitter {
   /// The steps of a chain for each number of rows an item that was tried. They depend on the limit
   /// only through the separated tails, and which these are, only through their number.
   struct Tried {
-    int32_t num_separated = -1;
-    uint32_t known = 0;  // bit i: try i is filled in
+    int32_t num_separated;  // -1: nothing is known
+    uint32_t known;         // bit i: try i is filled in
     FragmentLoad loads[kMaxTries];
   };
   struct ChainCut {
@@ -69,6 +69,7 @@ class Splitter {
     int32_t num_items;
     int32_t tile;
     int32_t num_separated;
+    int64_t unique_tokens;  // of all steps, every piece counted once
     FragmentLoad load;
   };
 
@@ -83,8 +84,8 @@ class Splitter {
   const PriceTable& prices_;
   int32_t tried_rows_[kMaxTries];  // rows of a chain's items, in the order they are tried
   int32_t num_tries_ = 0;
-  Scratch<Tried> tried_;  // [chains]
-  FragmentGrid grid_;
+  Scratch<Tried> tried_;        // [chains]
+  Scratch<RowLoad> row_loads_;  // [rows + 1] of every chain, without the separated tails
 };
 
 }  // namespace pat
