@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Bench:
         self.device = "cpu" if self.cpu else "cuda"
         self.started = time.monotonic()
         self.deadline = self.started + options.budget_s
-        self.seconds: Counter[str] = Counter()  # by phase
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by phase
         self.rows: list[Row] = []
         self.written = 0.0
         self.seen: set[str] = set()  # errors whose traceback was printed

@@ -9,13 +9,16 @@ packages used here).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gpu_common import ROOT, Row, geomean, read_rows
+from suites import SUITES
 from trees import NUM_SHARING, PUBLISHED
 
 SHARING = {f"pat{n:02d}" for n in range(1, NUM_SHARING + 1)}
+LISTED = 16  # cells named by a verdict
 UNSHARED = {f"pat{n:02d}" for n in range(NUM_SHARING + 1, len(PUBLISHED) + 1)}
 TARGETS = {  # the numbers of the issue
     "limit_us": 20.0, "over_floor": 1.2, "over_limit": 1.35, "small_us": 6.0,
@@ -183,20 +186,19 @@ class Verdict:
         return f"{word:<12} {self.criterion}: {self.numbers}"
 
 
-def _worst(values: dict[str, float], holds: Callable[[float], bool], form: str) -> str:
-    """The values that do not hold, worst last; or the number of those that do."""
-    wrong = {name: value for name, value in values.items() if not holds(value)}
-    if not wrong:
-        return f"all {len(values)} cells"
-    listed = ", ".join(f"{name} {value:{form}}" for name, value in list(wrong.items())[:12])
-    return f"{len(wrong)} of {len(values)} cells not: {listed}"
-
-
 def _every(
     criterion: str, values: dict[str, float], holds: Callable[[float], bool], form: str
 ) -> Verdict:
-    passed = all(map(holds, values.values())) if values else None
-    return Verdict(criterion, passed, _worst(values, holds, form))
+    """Whether it holds in every cell; otherwise where not, worst first."""
+    wrong = {name: value for name, value in values.items() if not holds(value)}
+    if not wrong:
+        return Verdict(criterion, True if values else None, f"all {len(values)} cells")
+    small_is_fine = holds(-math.inf)
+    order = sorted(wrong.items(), key=lambda item: item[1], reverse=small_is_fine)
+    listed = ", ".join(f"{name} {value:{form}}" for name, value in order[:LISTED])
+    more = ", ..." if len(order) > LISTED else ""
+    text = f"{len(wrong)} of {len(values)} cells not: {listed}{more}"
+    return Verdict(criterion, False, text)
 
 
 def _mean(criterion: str, values: Sequence[float], target: float, below: bool) -> Verdict:
@@ -208,6 +210,28 @@ def _mean(criterion: str, values: Sequence[float], target: float, below: bool) -
 def _over_floor(cells: Sequence[Cell]) -> list[float]:
     pairs = [(cell.us("pat"), cell.floor()) for cell in cells]
     return [mine / floor for mine, floor in pairs if mine and floor]
+
+
+def soundness(rows: Sequence[Row]) -> Iterator[Verdict]:
+    """Whether every cell of every suite was measured, and PAT was right and repeatable in it."""
+    mine = [row for row in rows if row["backend"].startswith("pat") and "suite" in row]
+    wrong = [r for r in mine if "error" in r or r.get("repeatable") is False]
+    listed = ", ".join(f"{r['tree']} {r['heads']} {r['backend']}" for r in wrong[:LISTED])
+    yield Verdict(
+        "every output of PAT right, and equal when repeated",
+        not wrong if mine else None,
+        f"{len(wrong)} of {len(mine)} not: {listed}" if wrong else f"all {len(mine)}",
+    )
+    counts = {}
+    for suite in SUITES.values():
+        wanted = sum(suite.has(t, h) for t in suite.trees() for h in suite.heads)
+        have = sum(row["suite"] == suite.name and row["backend"] == "pat" for row in mine)
+        counts[f"{suite.name} {have} of"] = (have, wanted)
+    yield Verdict(
+        "every cell measured",
+        all(have == wanted for have, wanted in counts.values()),
+        ", ".join(f"{name} {wanted}" for name, (_, wanted) in counts.items()),
+    )
 
 
 def sharing(cells: Sequence[Cell]) -> Iterator[Verdict]:
@@ -336,6 +360,7 @@ def report(rows: Sequence[Row]) -> Iterator[str]:
         yield ""
         yield from means([c for c in mine if suite != "published" or c.tree in SHARING])
     yield "\ncriteria"
+    yield from map(str, soundness(rows))
     for criterion in (sharing, no_sharing, tp8, ragged):
         yield from map(str, criterion(cells))
     yield from map(str, regret(gpu_of(rows)))
