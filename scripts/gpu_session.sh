@@ -11,7 +11,8 @@
 #   1. kernels alone need no bundle: one call
 #        carry [".carry"]                           bash scripts/gpu_session.sh kernels --budget-s 200
 #        carry [".carry"]                           bash scripts/gpu_session.sh sanitize
-#      likewise floor (before bench, which uses what it chose), regret and ablation
+#      likewise floor (before bench, which reads results/floor-<gpu>.jsonl: copy it back first, or run both in one call),
+#      regret and ablation
 #   2. peers and servers need the site parts
 #        carry [".gpu-bundle/site.00"]              bash scripts/gpu_session.sh part      (01 to 04 likewise)
 #        carry [".carry", ".gpu-bundle/site.05", ".gpu-bundle/unpack_bundle.sh",
