@@ -32,6 +32,7 @@ PAGES = (1, 64)
 PROBES = [(n, heads) for n in (1, 3, 4, 6, 12, 20) for heads in ("32/32", "32/8", "8/1")]
 CHECKS = [(1, "32/8"), (12, "8/1")]
 FINALISTS = 6
+REPEATS = 15  # cold, and down to 10 of a long one
 WITHIN, GRAIN_US = 1.05, 0.5
 KEY = ("kind", "tree", "heads", "page_size")
 
@@ -74,9 +75,9 @@ class FloorBench:
             stream = Floor(case.layout.page_size, variant)
             stream.prepare(case)
             graph, _ = common.capture(stream.run)
-            expected = max(common.time_once(graph), common.COLD_BUDGET_US / 15)
-            cold = common.time_cold(graph, self.flush, expected)
-            times[variant] = (round(cold, 2), round(common.time_warm(graph, expected), 2))
+            once = common.time_once(graph)
+            cold = common.time_cold(graph, self.flush, max(once, common.COLD_BUDGET_US / REPEATS))
+            times[variant] = (round(cold, 2), round(common.time_warm(graph, once), 2))
         return times
 
     def finalists(self, candidates: Sequence[Variant]) -> list[Variant]:
