@@ -68,7 +68,7 @@ class Search:
         chains: whether there may be chains.
         wall_eighths: limits of a work item's solo time that are tried, in 1/8 of the mean; 0: none.
         chain_rows: query rows of a chain's work items that are tried, largest first; when none is
-            fast enough, halvings of the last.
+            fast enough, halvings of the last (unless sharing is "on").
         tiles: indices of the tiles that may be used, ascending.
     """
 
@@ -208,9 +208,12 @@ class _Pricer:
         self.part_ps = model.part_ps * part_scale * self.group  # one part of one row
         most = TILES[search.tiles[-1]].rows
         caps = [rows // self.group for rows in search.chain_rows if rows <= most]
-        caps = [rows for rows in caps if rows > 0]
-        while caps and caps[-1] > 1:
-            caps.append(caps[-1] // 2)
+        if shape.sharing == "on":  # an item of one row would share nothing
+            caps = [rows for rows in caps if rows > 1]
+        else:
+            caps = [rows for rows in caps if rows > 0]
+            while caps and caps[-1] > 1:
+                caps.append(caps[-1] // 2)
         self.chain_rows = caps  # request rows of a chain's items, in the order they are tried
         self.has_chains = search.chains and self.group <= MAX_CHAIN_GROUP and bool(caps)
         self._item: list[int] = [0]  # by rows of the pack

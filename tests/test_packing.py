@@ -290,6 +290,17 @@ def test_a_chain_leaves_no_partial() -> None:
     assert packing_of(batch, setup).predicted_ps == work + wall
 
 
+@pytest.mark.parametrize("group", [1, 3, 8, 40, 64])
+def test_forced_chains_do_share(group: int) -> None:
+    # Few tokens on many SMs: one row an item would be fastest, and share nothing.
+    batch = make_batch([-1], [300], [0] * 12, [360] * 12)
+    words = words_of(batch, generous(batch, group, model=CHAINY, sharing="on"))
+    assert words[layout.H_CHAINS] > 0
+    fragments_of_a_row = 1 + -(-group // 16)
+    assert words[layout.H_PLANNED_TOKENS] <= 300 * 6 + 60 * 12 * fragments_of_a_row
+    check_plan(words, batch, group)
+
+
 def test_rows_of_a_chain_are_depth_first() -> None:
     # Rows alternate between two groups; a chain puts each group's rows side by side.
     lens = [300, 340, 300, 340, 205]
