@@ -76,6 +76,15 @@ void check_aligned(const TensorView& t, const char* name, int64_t slot_stride) {
   }
 }
 
+/// Elements between rows of a tensor, which the kernels multiply in 32 bits.
+int32_t row_stride(const TensorView& t, const char* name) {
+  if (t.stride(0) < 0 || t.stride(0) > INT32_MAX) {
+    TVM_FFI_THROW(ValueError) << name << " has a stride of " << t.stride(0)
+                              << " elements between rows; at most 2^31 - 1 are supported";
+  }
+  return static_cast<int32_t>(t.stride(0));
+}
+
 void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(error);
@@ -169,10 +178,10 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
       .counters = static_cast<int32_t*>(counters.data_ptr()),
       .partial_out = static_cast<float*>(partial_out.data_ptr()),
       .partial_lse = static_cast<float*>(partial_lse.data_ptr()),
-      .q_row_stride = q.stride(0),
-      .out_row_stride = out.stride(0),
-      .k_slot_stride = k_cache.stride(0),
-      .v_slot_stride = v_cache.stride(0),
+      .q_row_stride = row_stride(q, "q"),
+      .out_row_stride = row_stride(out, "out"),
+      .k_slot_stride = 2u * static_cast<uint32_t>(row_stride(k_cache, "k_cache")),
+      .v_slot_stride = 2u * static_cast<uint32_t>(row_stride(v_cache, "v_cache")),
       .rows_padded = static_cast<int32_t>(q.size(0)),
       .num_q_heads = num_q_heads,
       .num_kv_heads = num_kv_heads,

@@ -27,60 +27,87 @@ inline constexpr int kTokenSteps = kBlockRows / 16;   // MMA steps along the tok
 
 #if defined(PAT_PATH_SM90)
 
-template <typename Config>
-class BlockTile {
+/// The shared run of a wide item: 64 rows of it, by one warpgroup. The tensor cores go on with P V of a
+/// tile while the softmax of the next one runs; the block's other half fills what is left of their time.
+class SharedRun {
  public:
-  /// `q`: Q of the item in shared memory, blocks of 64 rows.
-  __device__ BlockTile(uint32_t q, int32_t warp, int32_t lane) : q_(q), lane_(lane) {}
+  /// `q`: the rows' Q in shared memory.
+  __device__ SharedRun(uint32_t q, RowBlock& rows, float scale_log2)
+      : q_(wgmma::descriptor(q)), rows_(rows), scale_log2_(scale_log2) {}
 
-  /// Scores of all row blocks; K may be overwritten after the next barrier of the block.
-  __device__ __forceinline__ void scores(uint32_t k_tile) {
-    wgmma::fence();
-#pragma unroll
-    for (int b = 0; b < Config::kRowBlocks; ++b) {
-#pragma unroll
-      for (int k = 0; k < kDepthSteps; ++k) {
-        // 16 columns of d are 32 bytes of a panel row.
-        const uint32_t offset = k / 4 * kPanelBytes + k % 4 * 32;
-        wgmma::mma_shared(scores_[b], wgmma::descriptor(q_ + b * kEntryBytes + offset),
-                          wgmma::descriptor(k_tile + offset), k > 0);
-      }
-      wgmma::commit();
-    }
+  /// `ring` gives the tiles in order, the descriptor of the next K (V) once it has arrived, and takes
+  /// them back in the same order.
+  template <typename Ring>
+  __device__ __forceinline__ void run(int32_t tokens, Ring& ring) {
+    if (tokens <= 0) return;
+    issue_scores(ring.await_k());
     wgmma::wait<0>();
-#pragma unroll
-    for (int b = 0; b < Config::kRowBlocks; ++b) wgmma::pin(scores_[b]);
-  }
-
-  /// Softmax of one block and out += P V while the next block's softmax runs.
-  __device__ __forceinline__ void accumulate(uint32_t v_tile, int32_t valid, RowBlock* rows,
-                                             float scale_log2) {
-#pragma unroll
-    for (int b = 0; b < Config::kRowBlocks; ++b) {
-      if (valid < kBlockRows) mask_tokens(scores_[b], lane_, valid);
-      auto& block = reinterpret_cast<float(&)[1][kScoreBlocks][4]>(scores_[b]);
-      online_softmax(rows + b, block, scale_log2);
-      uint32_t p[kTokenSteps][4];
-#pragma unroll
-      for (int t = 0; t < kTokenSteps; ++t) pack_probabilities(p[t], scores_[b], t);
-      wgmma::pin(rows[b].out);
-      wgmma::fence();
-#pragma unroll
-      for (int t = 0; t < kTokenSteps; ++t) {
-        wgmma::mma_registers(rows[b].out, p[t],
-                             wgmma::descriptor(v_tile + t * 16 * kPanelRowBytes));
-      }
-      wgmma::commit();
+    ring.release_k();
+    float rescale[2];
+    probabilities_of(tokens, rescale);  // `out` is zero: nothing to rescale
+    pack();
+    for (int32_t left = tokens - kBlockRows; left > 0; left -= kBlockRows) {
+      // NOTE: all that is in flight has ended with the body. Were it not, or were accumulators
+      // written between the first MMA and the wait, ptxas would make every MMA wait for the one
+      // before (C7514, C7515).
+      const uint64_t v = ring.await_v();
+      issue_scores(ring.await_k());
+      issue_output(v);
+      wgmma::wait<1>();
+      ring.release_k();
+      const bool moved = probabilities_of(left, rescale);
+      wgmma::wait<0>();
+      wgmma::pin(rows_.out);
+      ring.release_v();
+      if (moved) rescale_out(rows_, rescale);
+      pack();
     }
+    issue_output(ring.await_v());
     wgmma::wait<0>();
-#pragma unroll
-    for (int b = 0; b < Config::kRowBlocks; ++b) wgmma::pin(rows[b].out);
+    wgmma::pin(rows_.out);
+    ring.release_v();
   }
 
  private:
-  const uint32_t q_;
-  const int32_t lane_;
-  float scores_[Config::kRowBlocks][kScoreBlocks][4];
+  __device__ __forceinline__ void issue_scores(uint64_t k) {
+    wgmma::pin(scores_);
+    wgmma::fence();
+#pragma unroll
+    for (int i = 0; i < kDepthSteps; ++i) {
+      // 16 columns of d are 32 bytes of a panel row.
+      const uint64_t offset = wgmma::offset(i / 4 * kPanelBytes + i % 4 * 32);
+      wgmma::mma_shared(scores_, q_ + offset, k + offset, i > 0);
+    }
+    wgmma::commit();
+  }
+
+  __device__ __forceinline__ void issue_output(uint64_t v) {
+    wgmma::pin(rows_.out);
+    wgmma::fence();
+#pragma unroll
+    for (int t = 0; t < kTokenSteps; ++t) {
+      wgmma::mma_registers(rows_.out, p_[t], v + wgmma::offset(t * kSliceBytes));
+    }
+    wgmma::commit();
+  }
+
+  /// Of the tile `left` tokens exist.
+  __device__ __forceinline__ bool probabilities_of(int32_t left, float (&rescale)[2]) {
+    wgmma::pin(scores_);
+    if (left < kBlockRows) mask_tokens(scores_, threadIdx.x % 32, left);
+    return probabilities(rows_, scores_, scale_log2_, rescale);
+  }
+
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int t = 0; t < kTokenSteps; ++t) pack_probabilities(p_[t], scores_, t);
+  }
+
+  const uint64_t q_;
+  RowBlock& rows_;
+  const float scale_log2_;
+  float scores_[kScoreBlocks][4];
+  uint32_t p_[kTokenSteps][4];
 };
 
 #else

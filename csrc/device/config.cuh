@@ -18,18 +18,11 @@ using Element = __half;
 inline constexpr int kHeadDim = PAT_HEAD_DIM;
 static_assert(kHeadDim == 64 || kHeadDim == 128, "head dimensions the swizzle is made for");
 
-// Two thread blocks share an SM. 2 x (112 + 1) KiB of 228 on Hopper, 2 x (80 + 1) of 164 on A100.
-#if defined(PAT_PATH_SM90)
-inline constexpr int kSharedBytes = 112 * 1024;
-#elif defined(PAT_PATH_SM80)
-inline constexpr int kSharedBytes = 80 * 1024;
-#else
+#if !defined(PAT_PATH_SM90) && !defined(PAT_PATH_SM80)
 #error "define PAT_PATH_SM80 or PAT_PATH_SM90"
 #endif
 
-inline constexpr int kWarps = 4;
-inline constexpr int kThreads = kWarps * 32;
-inline constexpr int kBlocksPerSm = 2;
+inline constexpr int kWarps = 4;  // that share an entry of the ring
 
 inline constexpr int kRowChunks = kHeadDim / 8;       // 16-byte chunks of one token of K or V
 inline constexpr int kRowsPerLoad = 32 / kRowChunks;  // tokens one warp-wide cp.async brings
@@ -49,28 +42,18 @@ inline constexpr int kSliceBytes = kSliceTokens * kPanelRowBytes;  // of it, in 
 static_assert(kWarps * kSliceTokens == kBlockRows, "the warps of a block fill an entry");
 static_assert(kPanelBytes % 1024 == 0, "WGMMA's swizzle repeats every 1024 bytes");
 
-inline constexpr int kMaxStages = 8;
-
-/// One tile shape. The narrow tile is computed by one warp, four items in a block side by side; the
-/// wide ones by the whole block.
+/// One tile shape: its query rows are fragments of 16, each owned by one warp.
 template <int kTile_>
 struct TileConfig {
   static constexpr int kTile = kTile_;
   static constexpr int kRows = kTiles[kTile].rows;
   static constexpr bool kWide = kRows > kFragmentRows;
-  static constexpr int kUnits = kWide ? 1 : kWarps;
-  static constexpr int kUnitThreads = kThreads / kUnits;
-  static constexpr int kRowBlocks = kWide ? kRows / kBlockRows : 1;  // fragments of one warp
+  static constexpr int kRowBlocks = kWide ? kRows / kBlockRows : 1;
   static constexpr int kTokens = kWide ? kBlockRows : kSliceTokens;  // of the shared run, a step
-
-  // Q of a wide tile lies in front of the ring; the narrow tile keeps it in registers.
-  static constexpr int kQBytes = kWide ? kRowBlocks * kEntryBytes : 0;
-  static constexpr int kFit = (kSharedBytes - kQBytes) / kEntryBytes;
-  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
 
   static_assert(kTokens == kTiles[kTile].tokens, "the planner counts the tokens of a step");
   static_assert(kWide ? kRows % kBlockRows == 0 : kRows == kFragmentRows, "whole MMA tiles");
-  static_assert(kStages >= 3, "two entries in flight while one is computed");
+  static_assert(kRowBlocks <= 2, "two blocks of rows at most");
 };
 
 /// Shared-memory offset of a 16-byte chunk of a row within an entry.

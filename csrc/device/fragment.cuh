@@ -4,29 +4,13 @@
 #pragma once
 
 #include "rows.cuh"
-#include "stream.cuh"
+#include "slice.cuh"
 
 namespace pat {
 
 class Fragment {
  public:
   __device__ explicit Fragment(int32_t lane) : lane_(lane) {}
-
-  /// Q from global memory, 4 bytes a lane and register. `row_offset`: element offset of the query row
-  /// of lanes 0..15; rows from `rows` on become zeros.
-  __device__ __forceinline__ void load_q(const Element* q, int64_t row_offset, int32_t rows) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = half * 8 + lane_ / 4;
-      const int64_t offset = __shfl_sync(0xffffffffu, row_offset, row);
-      const uint32_t* from = reinterpret_cast<const uint32_t*>(q + offset) + lane_ % 4;
-#pragma unroll
-      for (int k = 0; k < kDepthSteps; ++k) {
-        q_[k][half] = row < rows ? __ldg(from + k * 8) : 0u;
-        q_[k][half + 2] = row < rows ? __ldg(from + k * 8 + 4) : 0u;
-      }
-    }
-  }
 
   /// Q from 16 rows of a block in shared memory.
   __device__ __forceinline__ void load_q(uint32_t rows_address) {
@@ -35,62 +19,89 @@ class Fragment {
     for (int k = 0; k < kDepthSteps; ++k) ptx::ldmatrix_x4(q_[k], stepped(lane_address, 0, k * 2));
   }
 
-  /// Scores of the slice and the online softmax. Rows that do not own it keep their state.
+  /// Scores of the slice and the online softmax; `release` is called when K has been read. Rows that
+  /// do not own the slice keep their state.
+  template <typename Release>
   __device__ __forceinline__ void scores(uint32_t k_slice, int32_t slice, RowBlock& row,
-                                         float scale_log2) {
-    const int token = (lane_ & 7) + ((lane_ >> 4) << 3);
-    const int half = (lane_ >> 3) & 1;
+                                         float scale_log2, const Release& release) {
+    const int lane = ptx::opaque(lane_);
+    const int token = (lane & 7) + ((lane >> 4) << 3);
+    const int half = (lane >> 3) & 1;
     const uint32_t lane_address = k_slice + swizzled(token, half);
     // Two sums along d: the chains of dependent MMAs are half as long.
     float odd[2][4];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores_[0][n][i] = odd[n][i] = 0.f;
+      for (int i = 0; i < 4; ++i) scores_[n][i] = odd[n][i] = 0.f;
     }
+    // One warp alone has only itself to hide latencies: loads come in batches.
 #pragma unroll
-    for (int k = 0; k < kDepthSteps; ++k) {
-      uint32_t f[4];
-      ptx::ldmatrix_x4(f, stepped(lane_address, 0, k * 2));
-      auto& sum = k % 2 == 0 ? scores_[0] : odd;
-      ptx::mma_m16n8k16<Element>(sum[0], q_[k], f[0], f[1]);
-      ptx::mma_m16n8k16<Element>(sum[1], q_[k], f[2], f[3]);
+    for (int first = 0; first < kDepthSteps; first += kBatch) {
+      uint32_t f[kBatch][4];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        ptx::ldmatrix_x4(f[i], stepped(lane_address, 0, (first + i) * 2));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        auto& sum = i % 2 == 0 ? scores_ : odd;
+        ptx::mma_m16n8k16<Element>(sum[0], q_[first + i], f[i][0], f[i][1]);
+        ptx::mma_m16n8k16<Element>(sum[1], q_[first + i], f[i][2], f[i][3]);
+      }
     }
+    release();
     const int32_t valid = Slice::valid(slice);
     const int32_t low = Slice::low(slice), high = Slice::high(slice);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int32_t column = n * 8 + (lane_ & 3) * 2 + (i & 1);
-        const int32_t r = lane_ / 4 + i / 2 * 8;
+        const int32_t column = n * 8 + (lane & 3) * 2 + (i & 1);
+        const int32_t r = lane / 4 + i / 2 * 8;
         const bool owned = column < valid && r >= low && r < high;
-        scores_[0][n][i] = owned ? scores_[0][n][i] + odd[n][i] : -INFINITY;
+        scores_[n][i] = owned ? scores_[n][i] + odd[n][i] : -INFINITY;
       }
     }
-    online_softmax(&row, scores_, scale_log2);
+    float rescale[2];
+    if (probabilities(row, scores_, scale_log2, rescale)) rescale_out(row, rescale);
   }
 
-  /// row.out += P V of the slice.
-  __device__ __forceinline__ void accumulate(uint32_t v_slice, RowBlock& row) {
-    const int token = (lane_ & 7) + ((lane_ >> 3) & 1) * 8;
-    const int half = lane_ >> 4;
+  /// row.out += P V of the slice; `release` is called when V has been read.
+  template <typename Release>
+  __device__ __forceinline__ void accumulate(uint32_t v_slice, RowBlock& row,
+                                             const Release& release) {
+    const int lane = ptx::opaque(lane_);
+    const int token = (lane & 7) + ((lane >> 3) & 1) * 8;
+    const int half = lane >> 4;
     const uint32_t lane_address = v_slice + swizzled(token, half);
     uint32_t p[4];
-    pack_probabilities(p, scores_[0], 0);
+    pack_probabilities(p, scores_, 0);
+    constexpr int kPairs = kOutBlocks / 2;
 #pragma unroll
-    for (int pair = 0; pair < kOutBlocks / 2; ++pair) {
-      uint32_t f[4];
-      ptx::ldmatrix_x4_trans(f, stepped(lane_address, 0, pair * 2));
-      ptx::mma_m16n8k16<Element>(row.out[2 * pair], p, f[0], f[1]);
-      ptx::mma_m16n8k16<Element>(row.out[2 * pair + 1], p, f[2], f[3]);
+    for (int first = 0; first < kPairs; first += kBatch) {
+      uint32_t f[kBatch][4];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        ptx::ldmatrix_x4_trans(f[i], stepped(lane_address, 0, (first + i) * 2));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int pair = first + i;
+        ptx::mma_m16n8k16<Element>(row.out[2 * pair], p, f[i][0], f[i][1]);
+        ptx::mma_m16n8k16<Element>(row.out[2 * pair + 1], p, f[i][2], f[i][3]);
+      }
     }
+    release();
   }
 
  private:
+  static constexpr int kBatch = 4;
+  static_assert(kDepthSteps % kBatch == 0, "whole batches");
+
   const int32_t lane_;
   uint32_t q_[kDepthSteps][4];
-  float scores_[1][2][4];
+  float scores_[2][4];
 };
 
 }  // namespace pat

@@ -38,9 +38,10 @@ static_assert(kItemWords == 12 && kEntryWords == 2 && kRunWords == 4 && kFragmen
                   kStepWords == 4,
               "vector loads of the tables");
 
-/// Tokens of a tail piece that exist: `live` is the row's true length, -1 when it outgrew its tail.
+/// Tokens of a tail piece that exist. `live` is the row's true length, -1 when it outgrew its tail
+/// unseen by the host: its output is NaN, and one token is left to carry that.
 __device__ __forceinline__ int32_t live_length(int32_t bound, int32_t live, int32_t position) {
-  return min(max(live - position, 0), bound);
+  return live < 0 ? min(1, bound) : min(max(live - position, 0), bound);
 }
 
 struct Item {

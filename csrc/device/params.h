@@ -22,8 +22,8 @@ struct DecodeParams {
   float* __restrict__ partial_out;        // [parts, q_heads, d]
   float* __restrict__ partial_lse;        // [parts, q_heads], base 2
 
-  int64_t q_row_stride, out_row_stride;  // elements between request rows
-  int64_t k_slot_stride, v_slot_stride;  // elements between slots
+  int32_t q_row_stride, out_row_stride;    // elements between request rows
+  uint32_t k_slot_stride, v_slot_stride;  // bytes between slots
   int32_t rows_padded, num_q_heads, num_kv_heads, group_size;
   float scale_log2;  // sm_scale * log2(e)
 };

@@ -13,12 +13,41 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ __forceinline__ int32_t load_shared(uint32_t address) {
+  int32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, int32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ int4 load_shared_x4(uint32_t address) {
+  int4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_x4(uint32_t address, int4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 /// 16 bytes from global to shared memory, past L1; zeros when not `valid` (nothing is read then).
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(bytes)
                : "memory");
+}
+
+/// base + a b, in one instruction.
+__device__ __forceinline__ const char* multiply_add(uint32_t a, uint32_t b, const char* base) {
+  const char* sum;
+  asm volatile("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(base));
+  return sum;
 }
 
 __device__ __forceinline__ void cp_async_commit() {
@@ -29,13 +58,6 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-/// Orders this thread's ordinary and cp.async accesses to shared memory before WGMMA's.
-__device__ __forceinline__ void fence_proxy_async() {
-#if defined(PAT_PATH_SM90)
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -105,6 +127,52 @@ __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+
+/// Barrier among `kThreads` threads (a whole number of warps); 0 is the block's own barrier.
+template <int kThreads>
+__device__ __forceinline__ void named_barrier(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+#if defined(PAT_PATH_SM90)
+/// Orders what this thread knows to be in shared memory before its own WGMMA reads.
+/// NOTE: it waits for all of the thread's memory accesses in flight, so a thread that loads ahead must
+/// not call it.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int32_t count) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
+               : "memory");
+}
+/// An arrival of this thread once all its cp.async so far have completed.
+__device__ __forceinline__ void barrier_arrive_after_cp_async(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+/// Waits until the phase of this parity has completed.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nPAT_WAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra PAT_DONE;\nbra PAT_WAIT;\nPAT_DONE:\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+/// Moves registers between the roles of a block; by all warps of a warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+#endif
 
 /// Lets the next kernel of the stream, if launched as a programmatic dependent, start its blocks.
 __device__ __forceinline__ void launch_dependents() {

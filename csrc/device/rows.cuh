@@ -23,75 +23,55 @@ struct RowBlock {
   }
 };
 
-/// Online softmax in base 2 of kBlocks row blocks: scores become probabilities, `out` and `sum` are
-/// rescaled. A score of -inf is a token that does not exist or that the row does not own.
-/// Loops run over the rows innermost: a row's maximum and sum are chains, several side by side hide
-/// their latency.
-template <int kBlocks, int kScoreBlocks>
-__device__ __forceinline__ void online_softmax(RowBlock* rows,
-                                               float (&scores)[kBlocks][kScoreBlocks][4],
-                                               float scale_log2) {
-  float top[kBlocks][2], shift[kBlocks][2], rescale[kBlocks][2];
-  bool moved = false;
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) top[b][half] = rows[b].top[half];
-  }
+/// First half of an online softmax in base 2: scores become probabilities and enter `sum`. A score of
+/// -inf is a token that does not exist or that the row does not own. Returns whether any row of the
+/// warp has a new maximum: `out` must then be multiplied by `rescale`.
+template <int kScoreBlocks>
+__device__ __forceinline__ bool probabilities(RowBlock& rows, float (&scores)[kScoreBlocks][4],
+                                              float scale_log2, float (&rescale)[2]) {
+  float top[2] = {-INFINITY, -INFINITY}, shift[2];
 #pragma unroll
   for (int n = 0; n < kScoreBlocks; ++n) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        top[b][half] =
-            fmaxf(top[b][half], fmaxf(scores[b][n][2 * half], scores[b][n][2 * half + 1]));
-      }
+    for (int half = 0; half < 2; ++half) {
+      top[half] = fmaxf(top[half], fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
     }
   }
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        top[b][half] = fmaxf(top[b][half], __shfl_xor_sync(0xffffffffu, top[b][half], step));
-      }
-    }
-  }
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // A row that has seen no token yet: exp2 of (-inf - -inf) would be NaN.
-      shift[b][half] = top[b][half] == -INFINITY ? 0.f : top[b][half] * scale_log2;
-      rescale[b][half] = ptx::exp2(rows[b].top[half] * scale_log2 - shift[b][half]);
-      moved |= top[b][half] != rows[b].top[half];
-      rows[b].top[half] = top[b][half];
-      rows[b].sum[half] *= rescale[b][half];
+      top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], step));
     }
   }
-  if (__any_sync(0xffffffffu, moved)) {
+  bool moved = false;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int n = 0; n < kOutBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) rows[b].out[n][i] *= rescale[b][i / 2];
-      }
-    }
+  for (int half = 0; half < 2; ++half) {
+    const float now = fmaxf(rows.top[half], top[half]);
+    // A row that has seen no token yet: exp2 of (-inf - -inf) would be NaN.
+    shift[half] = now == -INFINITY ? 0.f : now * scale_log2;
+    rescale[half] = ptx::exp2(rows.top[half] * scale_log2 - shift[half]);
+    moved |= now != rows.top[half];
+    rows.top[half] = now;
+    rows.sum[half] *= rescale[half];
   }
 #pragma unroll
   for (int n = 0; n < kScoreBlocks; ++n) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& score = scores[b][n][i];
-        score = ptx::exp2(score * scale_log2 - shift[b][i / 2]);
-        rows[b].sum[i / 2] += score;
-      }
+    for (int i = 0; i < 4; ++i) {
+      scores[n][i] = ptx::exp2(scores[n][i] * scale_log2 - shift[i / 2]);
+      rows.sum[i / 2] += scores[n][i];
     }
+  }
+  return __any_sync(0xffffffffu, moved);
+}
+
+/// Second half, when the first returned true.
+__device__ __forceinline__ void rescale_out(RowBlock& rows, const float (&rescale)[2]) {
+#pragma unroll
+  for (int n = 0; n < kOutBlocks; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows.out[n][i] *= rescale[i / 2];
   }
 }
 

@@ -19,6 +19,9 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   return kSwizzle128 | kGroupStride | kPanelStride | ((address & 0x3ffff) >> 4);
 }
 
+/// To add to a descriptor so that it starts `bytes` later.
+__device__ constexpr uint64_t offset(uint32_t bytes) { return bytes >> 4; }
+
 __device__ __forceinline__ void fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

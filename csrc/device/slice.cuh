@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: MIT
+// What one warp loads of a ring entry, and for whom, in one word.
+#pragma once
+
+#include "item.cuh"
+
+namespace pat {
+
+struct Slice {
+  static constexpr int32_t kEnd = -1;  // nothing: the item's stream is over
+
+  /// `rows`: query rows lo | hi << 8 of the fragment; `block` counts the fragments of the warp.
+  __device__ static int32_t pack(int32_t valid, int32_t rows, int32_t block) {
+    return valid | rows << 8 | block << 24;
+  }
+  __device__ static int32_t valid(int32_t word) { return word & 0xff; }     // tokens that exist
+  __device__ static int32_t low(int32_t word) { return word >> 8 & 0xff; }  // rows [low, high)
+  __device__ static int32_t high(int32_t word) { return word >> 16 & 0xff; }
+  __device__ static int32_t block(int32_t word) { return word >> 24; }
+
+  static constexpr int32_t kAllRows = kFragmentRows << 8;
+};
+
+/// A step of a fragment with its live length; lanes hold one each.
+struct Step {
+  int32_t slot, length, rows;
+};
+
+/// Step `index` of the table. `first_row`: the item's query row where the fragment starts.
+__device__ __forceinline__ Step load_step(const Tables& tables, const DecodeParams& params,
+                                          int32_t index, const Item& item, int32_t first_row) {
+  const int4 words = tables.step(index);
+  Step step{words.x, words.y, words.z};
+  if (words.w >= 0) {
+    const int32_t flat = item.head_offset + first_row + (words.z & 0xff);
+    const int32_t row = tables.entry(item.first_entry + flat / params.group_size).x;
+    step.length = live_length(words.y, __ldg(params.live_lens + row), words.w);
+  }
+  return step;
+}
+
+}  // namespace pat
