@@ -23,11 +23,13 @@ uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 Splitter::Splitter(const Shape& shape, const CostModel& model, const PriceTable& prices)
     : shape_(shape), model_(model), prices_(prices) {
+  // Forced sharing: an item of one row would share nothing.
+  const bool forced = shape.sharing == Sharing::kOn;
   for (const int32_t query_rows : kChainRows) {
     const int32_t rows = query_rows / shape.group_size;
-    if (rows > 0) tried_rows_[num_tries_++] = rows;
+    if (rows > (forced ? 1 : 0)) tried_rows_[num_tries_++] = rows;
   }
-  while (num_tries_ > 0 && tried_rows_[num_tries_ - 1] > 1) {
+  while (!forced && num_tries_ > 0 && tried_rows_[num_tries_ - 1] > 1) {
     tried_rows_[num_tries_] = tried_rows_[num_tries_ - 1] / 2;
     ++num_tries_;
   }
