@@ -182,6 +182,8 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
       .out_row_stride = row_stride(out, "out"),
       .k_slot_stride = 2u * static_cast<uint32_t>(row_stride(k_cache, "k_cache")),
       .v_slot_stride = 2u * static_cast<uint32_t>(row_stride(v_cache, "v_cache")),
+      .plan_words = static_cast<int32_t>(plan.size(0)),
+      .slot_words = static_cast<int32_t>(slots.size(0)),
       .rows_padded = static_cast<int32_t>(q.size(0)),
       .num_q_heads = num_q_heads,
       .num_kv_heads = num_kv_heads,

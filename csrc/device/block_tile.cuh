@@ -44,7 +44,7 @@ class SharedRun {
     wgmma::wait<0>();
     ring.release_k();
     float rescale[2];
-    probabilities_of(tokens, rescale);  // `out` is zero: nothing to rescale
+    if (probabilities_of(tokens, rescale)) rescale_out(rows_, rescale);
     pack();
     for (int32_t left = tokens - kBlockRows; left > 0; left -= kBlockRows) {
       // NOTE: all that is in flight has ended with the body. Were it not, or were accumulators

@@ -33,7 +33,7 @@ class Computer {
       const int4 a = ptx::load_shared_x4(pair_.box());
       const int4 b = ptx::load_shared_x4(pair_.box() + 16);
       if (a.x < 0) break;
-      compute<Config>({a.x, a.y, a.z, a.w, b.x, b.y});
+      compute<Config>({a.x, a.y, a.z, a.w, b.x, b.y, b.z});
     }
     release_q<Config>();
   }
@@ -53,22 +53,42 @@ class Computer {
     rows.clear();
 
     if constexpr (Config::kWide) {
-      EntryRing<Config> ring(*this);
-      SharedRun(mine_.q(), rows, params_.scale_log2).run(box.tokens, ring);
-      // Behind the entries that this half brought.
-      const int32_t tiles = (box.tokens + kBlockRows - 1) / kBlockRows;
-      ring_.go_to((tiles + Config::kRowBlocks - 1 - (Config::kRowBlocks == 2 ? half_ : 0)) /
-                  Config::kRowBlocks * 2 % kStages);
       if (!box.is_chain) {
+        shared_run<Config>(box.tokens, rows);
         release_q<Config>();
-        write_rows(params_, rows, mine, rows_left);
-        return;
+      } else {
+#pragma unroll 1
+        for (int phase = 0; phase < 2; ++phase) {
+          if (phase == (box.private_first ? 0 : 1)) {
+            private_runs<Config>(rows, phase == 1);
+          } else {
+            shared_run<Config>(box.tokens, rows);
+            if (phase == 1) release_q<Config>();
+          }
+        }
       }
+    } else {
+      private_runs<Config>(rows, true);
     }
+    write_rows(params_, rows, mine, rows_left);
+  }
 
+  template <typename Config>
+  __device__ __forceinline__ void shared_run(int32_t tokens, RowBlock& rows) {
+    EntryRing<Config> ring(*this);
+    SharedRun(mine_.q(), rows, params_.scale_log2).run(tokens, ring);
+    // Behind the entries that this half brought.
+    const int32_t tiles = (tokens + kBlockRows - 1) / kBlockRows;
+    ring_.go_to((tiles + Config::kRowBlocks - 1 - (Config::kRowBlocks == 2 ? half_ : 0)) /
+                Config::kRowBlocks * 2 % kStages);
+  }
+
+  /// This warp's stream to its end. `last`: nobody needs Q afterwards.
+  template <typename Config>
+  __device__ __forceinline__ void private_runs(RowBlock& rows, bool last) {
     Fragment fragment(lane_);
     fragment.load_q(mine_.q() + warp_ * kSliceBytes);
-    release_q<Config>();
+    if (last) release_q<Config>();
     while (true) {
       await_slice();
       const int32_t slice = ptx::load_shared(pair_.slice(ring_.stage()));
@@ -78,7 +98,6 @@ class Computer {
       fragment.accumulate(slice_address(), rows, [&] { release_slice(); });
     }
     release_slice();
-    write_rows(params_, rows, mine, rows_left);
   }
 
   __device__ uint32_t slice_address() const {
@@ -108,55 +127,47 @@ class Computer {
   }
 
   /// The entries of a shared run in the order of the tiles: K at even stages, V at odd ones, of this
-  /// half or of both in turn.
+  /// half or of both in turn. What was awaited last is what is released.
   template <typename Config>
   class EntryRing {
    public:
-    __device__ explicit EntryRing(Computer& computer)
-        : computer_(computer),
-          next_k_{kBoth ? 0 : computer.half_, 0},
-          next_v_{next_k_.half, 1},
-          used_k_(next_k_),
-          used_v_(next_v_) {}
+    __device__ explicit EntryRing(Computer& computer) : computer_(computer) {}
 
     /// Descriptor of the next K (V), which has arrived.
-    __device__ uint64_t await_k() { return await(next_k_); }
-    __device__ uint64_t await_v() { return await(next_v_); }
-    __device__ void release_k() { release(used_k_); }
-    __device__ void release_v() { release(used_v_); }
+    __device__ uint64_t await_k() { return await(k_, 0); }
+    __device__ uint64_t await_v() { return await(v_, 1); }
+    __device__ void release_k() const { release(k_, 0); }
+    __device__ void release_v() const { release(v_, 1); }
 
    private:
     static constexpr bool kBoth = Config::kRowBlocks == 2;
-    struct Place {
-      int half, stage;
-      __device__ void advance() {
-        if (!kBoth || half == 1) stage = stage + 2 >= kStages ? stage + 2 - kStages : stage + 2;
-        if (kBoth) half ^= 1;
-      }
-    };
+    static constexpr int kPlaces = kStages / 2 * Config::kRowBlocks;  // of a tile
 
-    __device__ uint64_t await(Place& place) {
-      const Half half(computer_.shared_, place.half);
-      const uint32_t bit = 1u << (place.half * kStages + place.stage);
-      ptx::barrier_wait(half.entry_full(place.stage), (computer_.entry_parities_ & bit) != 0);
+    __device__ int half_of(int place) const { return kBoth ? place % 2 : computer_.half_; }
+    __device__ static int stage_of(int place) { return kBoth ? (place & ~1) : place * 2; }
+
+    __device__ uint64_t await(int& place, int is_v) {
+      place = place == kPlaces - 1 ? 0 : place + 1;
+      const Half half(computer_.shared_, half_of(place));
+      const int stage = stage_of(place) + is_v;
+      const uint32_t bit = 1u << (half_of(place) * kStages + stage);
+      ptx::barrier_wait(half.entry_full(stage), (computer_.entry_parities_ & bit) != 0);
       computer_.entry_parities_ ^= bit;
       ptx::fence_proxy_async();  // WGMMA reads what cp.async wrote
-      const uint64_t descriptor = wgmma::descriptor(half.entry(place.stage));
-      place.advance();
-      return descriptor;
+      return wgmma::descriptor(half.entry(stage));
     }
-    __device__ void release(Place& place) {
+    __device__ void release(int place, int is_v) const {
       __syncwarp();
       const int lane = computer_.lane_;
       if (lane < kWarps) {
-        const Pair pair(Half(computer_.shared_, place.half), lane);
-        ptx::barrier_arrive(pair.slice_empty(place.stage), kHalves / Config::kRowBlocks);
+        const Pair pair(Half(computer_.shared_, half_of(place)), lane);
+        ptx::barrier_arrive(pair.slice_empty(stage_of(place) + is_v),
+                            kReaders / kWarps / Config::kRowBlocks);
       }
-      place.advance();
     }
 
     Computer& computer_;
-    Place next_k_, next_v_, used_k_, used_v_;
+    int k_ = kPlaces - 1, v_ = kPlaces - 1;
   };
 
   __device__ __forceinline__ void await_slice() {

@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   } else {
     ptx::lower_registers<kLoaderRegisters>();
     Loader loader(params, tables, address);
+    loader.prefetch_plan();
     for_each_tile(params, tables, [&]<int kTile>() { loader.drain<TileConfig<kTile>>(); });
   }
 }

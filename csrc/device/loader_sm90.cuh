@@ -22,6 +22,19 @@ class Loader {
         pair_(mine_, warp_),
         lane_offset_(warp_ * kSliceBytes + swizzled(lane_ / kRowChunks, lane_ % kRowChunks)) {}
 
+  /// Brings the head of the plan and of the slots to L2. Between two layers of a model both have left
+  /// it, and an item's first loads are a chain of four: header, item, slots, K.
+  __device__ void prefetch_plan() const {
+    constexpr int32_t kLines = 2048, kLineWords = 32;
+    const int32_t line = blockIdx.x * (kThreads / 2) + threadIdx.x % (kThreads / 2);
+    const int32_t word = line % kLines * kLineWords;
+    if (line < kLines) {
+      if (word < params_.plan_words) ptx::prefetch_l2(params_.plan + word);
+    } else if (line < 2 * kLines) {
+      if (word < params_.slot_words) ptx::prefetch_l2(params_.slots + word);
+    }
+  }
+
   /// Loads pieces of one tile shape until none is left.
   template <typename Config>
   __device__ void drain() {
@@ -36,6 +49,8 @@ class Loader {
 
  private:
   static constexpr int kPasses = kSliceTokens / kRowsPerLoad;
+  // Below, a shared run is too short for the order to pay: it costs the halves of a block a rendezvous.
+  static constexpr int32_t kPrivateFirstTokens = 1024;
 
   /// The next piece: one for both halves, for one, or for one warp.
   template <typename Config>
@@ -64,8 +79,9 @@ class Loader {
         tables_.header(kHeaderItemBegin + Config::kTile) + piece / params_.num_kv_heads;
     const Item item = load_item(tables_, params_.live_lens, index);
     const int32_t kv_head = piece % params_.num_kv_heads;
-    announce({piece, item.tokens(), item.query_rows, item.first_fragment >= 0, item.first_entry,
-              item.head_offset});
+    const Box box{piece, item.tokens(), item.query_rows, item.first_entry, item.head_offset,
+                  item.first_fragment >= 0, Config::kWide && piece % 2 == 1 && item.tokens() >= kPrivateFirstTokens};
+    announce(box);
     load_q<Config>(item, kv_head);
     arrive_q<Config>();
 
@@ -73,9 +89,25 @@ class Loader {
     const uint32_t column = (kv_head * kHeadDim + lane_ % kRowChunks * 8) * sizeof(Element);
     k_ = static_cast<const char*>(params_.k_cache) + column;
     v_ = static_cast<const char*>(params_.v_cache) + column;
-    load_shared_run<Config>(item);
-    if (Config::kWide && item.first_fragment < 0) return;
-    if (item.first_fragment >= 0) load_fragment<Config>(item);
+    if constexpr (Config::kWide) {
+      if (!box.is_chain) return load_shared_run<Config>(item);
+#pragma unroll 1
+      for (int phase = 0; phase < 2; ++phase) {
+        if (phase == (box.private_first ? 0 : 1)) {
+          load_fragment<Config>(item);
+          end_stream();
+        } else {
+          load_shared_run<Config>(item);
+        }
+      }
+    } else {
+      load_shared_run<Config>(item);
+      if (box.is_chain) load_fragment<Config>(item);
+      end_stream();
+    }
+  }
+
+  __device__ void end_stream() {
     await_empty();
     arrive(pair_.slice_full(0), Slice::kEnd);
   }
@@ -143,8 +175,9 @@ class Loader {
     ptx::barrier_wait(pair_.q_empty(), q_parity_ ^ 1);
     q_parity_ ^= 1;
     if (lane_ == 0) {
-      ptx::store_shared_x4(pair_.box(), {box.piece, box.tokens, box.query_rows, box.is_chain});
-      ptx::store_shared_x4(pair_.box() + 16, {box.first_entry, box.head_offset, 0, 0});
+      ptx::store_shared_x4(pair_.box(), {box.piece, box.tokens, box.query_rows, box.first_entry});
+      ptx::store_shared_x4(pair_.box() + 16,
+                           {box.head_offset, box.is_chain, box.private_first, 0});
     }
   }
 

@@ -24,6 +24,7 @@ struct DecodeParams {
 
   int32_t q_row_stride, out_row_stride;    // elements between request rows
   uint32_t k_slot_stride, v_slot_stride;  // bytes between slots
+  int32_t plan_words, slot_words;         // sizes of `plan` and `slots`
   int32_t rows_padded, num_q_heads, num_kv_heads, group_size;
   float scale_log2;  // sm_scale * log2(e)
 };

@@ -38,8 +38,11 @@ static_assert(kStages % 2 == 0 && kStages >= 4, "K at even stages, V at odd ones
 
 /// What a loading warp tells its partner about the next item, beside Q. piece -1: no item is left.
 struct alignas(16) Box {
-  int32_t piece, tokens, query_rows, is_chain;
-  int32_t first_entry, head_offset, unused[2];
+  int32_t piece, tokens, query_rows, first_entry;
+  int32_t head_offset, is_chain;
+  // Every other chain starts with its private runs: shared runs come from L2, private ones from
+  // device memory, and both should be busy all the time.
+  int32_t private_first, unused;
 };
 
 /// Barriers and messages of one pair of warps.
