@@ -72,12 +72,14 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the working tree; PAT_COMMIT on a machine that has no .git."""
+    """The commit of the working tree; PAT_COMMIT where the tree is a copy, whose .git may lag."""
+    if "PAT_COMMIT" in os.environ:
+        return os.environ["PAT_COMMIT"]
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PAT_COMMIT", "unknown")
+        return "unknown"
 
 
 def provenance() -> Row:
