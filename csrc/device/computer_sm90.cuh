@@ -133,9 +133,25 @@ class Computer {
    public:
     __device__ explicit EntryRing(Computer& computer) : computer_(computer) {}
 
-    /// Descriptor of the next K (V), which has arrived.
-    __device__ uint64_t await_k() { return await(k_, 0); }
-    __device__ uint64_t await_v() { return await(v_, 1); }
+    /// Waits for the next K, the next V or both and gives their descriptors.
+    /// NOTE: one fence for both: it waits until the thread has no memory access in flight.
+    __device__ uint64_t await_k() {
+      await(k_, 0);
+      ptx::fence_proxy_async();  // WGMMA reads what cp.async wrote
+      return descriptor(k_, 0);
+    }
+    __device__ uint64_t await_v() {
+      await(v_, 1);
+      ptx::fence_proxy_async();
+      return descriptor(v_, 1);
+    }
+    __device__ void await_both(uint64_t& k, uint64_t& v) {
+      await(k_, 0);
+      await(v_, 1);
+      ptx::fence_proxy_async();
+      k = descriptor(k_, 0);
+      v = descriptor(v_, 1);
+    }
     __device__ void release_k() const { release(k_, 0); }
     __device__ void release_v() const { release(v_, 1); }
 
@@ -146,15 +162,17 @@ class Computer {
     __device__ int half_of(int place) const { return kBoth ? place % 2 : computer_.half_; }
     __device__ static int stage_of(int place) { return kBoth ? (place & ~1) : place * 2; }
 
-    __device__ uint64_t await(int& place, int is_v) {
+    __device__ void await(int& place, int is_v) {
       place = place == kPlaces - 1 ? 0 : place + 1;
       const Half half(computer_.shared_, half_of(place));
       const int stage = stage_of(place) + is_v;
       const uint32_t bit = 1u << (half_of(place) * kStages + stage);
       ptx::barrier_wait(half.entry_full(stage), (computer_.entry_parities_ & bit) != 0);
       computer_.entry_parities_ ^= bit;
-      ptx::fence_proxy_async();  // WGMMA reads what cp.async wrote
-      return wgmma::descriptor(half.entry(stage));
+    }
+    __device__ uint64_t descriptor(int place, int is_v) const {
+      const Half half(computer_.shared_, half_of(place));
+      return wgmma::descriptor(half.entry(stage_of(place) + is_v));
     }
     __device__ void release(int place, int is_v) const {
       __syncwarp();

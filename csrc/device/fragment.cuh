@@ -96,8 +96,8 @@ class Fragment {
   }
 
  private:
-  static constexpr int kBatch = 4;
-  static_assert(kDepthSteps % kBatch == 0, "whole batches");
+  static constexpr int kBatch = kDepthSteps;
+  static_assert(kOutBlocks / 2 % kBatch == 0, "whole batches");
 
   const int32_t lane_;
   uint32_t q_[kDepthSteps][4];
