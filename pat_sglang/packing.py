@@ -16,14 +16,15 @@ of query rows, and along the tokens into chunks. Three kinds of packs cover all 
   so that the rows of a segment lie side by side.
 * A *tail* pack has one row. It starts where the last pack above it ended and grows while the row
   decodes. The tail of a row in a chain is a step of the chain, unless it is so long that it would
-  delay the chain: then it is *separated*, a tail pack like those of rows outside chains.
+  delay the chain: then it is *separated*, a tail pack like those of rows outside chains. A chain
+  that is left without a step is a plain pack.
 
 Packs are ordered: shared packs (plain or chain) by segment, then tail packs by row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .cost import ALL_TILES, FRAGMENT_ROWS, ITEM_WARPS, TILES, CostModel, tiles_of
@@ -67,15 +68,17 @@ class Search:
     Attributes:
         chains: whether there may be chains.
         wall_eighths: limits of a work item's solo time that are tried, in 1/8 of the mean; 0: none.
-        chain_rows: query rows of a chain's work items that are tried, largest first; when none is
-            fast enough, halvings of the last (unless sharing is "on").
+        chain_rows: query rows of a chain's work items that are tried, largest first, and (unless
+            sharing is "on") halvings of the last.
         tiles: indices of the tiles that may be used, ascending.
+        without_chains: whether packs without any chain are tried too where chains were chosen.
     """
 
     chains: bool = True
     wall_eighths: tuple[int, ...] = WALL_EIGHTHS
     chain_rows: tuple[int, ...] = (128, 64, 16)
     tiles: tuple[int, ...] = ALL_TILES
+    without_chains: bool = True
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ class _Pricer:
             caps = [rows for rows in caps if rows > 0]
             while caps and caps[-1] > 1:
                 caps.append(caps[-1] // 2)
-        self.chain_rows = caps  # request rows of a chain's items, in the order they are tried
+        self.chain_rows = caps  # request rows of a chain's items, widest first
         self.has_chains = search.chains and self.group <= MAX_CHAIN_GROUP and bool(caps)
         self._item: list[int] = [0]  # by rows of the pack
         self._token: list[int] = [0]
@@ -415,6 +418,15 @@ class _Split:
     parts: int = 0
     items: int = 0
 
+    def add(self, other: _Split) -> None:
+        """Packs behind those that are there."""
+        self.packs += other.packs
+        self.cuts += other.cuts
+        self.work_ps += other.work_ps
+        self.wall_ps = max(self.wall_ps, other.wall_ps)
+        self.parts += other.parts
+        self.items += other.items
+
 
 class _Splitter:
     """Cuts packs so that no work item lasts much longer than a limit."""
@@ -430,24 +442,26 @@ class _Splitter:
 
     def split(self, packs: list[Pack], limit_ps: int) -> _Split:
         """Packs with the separated tails, and their cuts."""
-        shared = [pack for pack in packs if not pack.is_tail]
+        tree, room = self.tree, self._room(0, limit_ps)
         tails = [pack for pack in packs if pack.is_tail]
-        result = _Split(shared, [])
-        for pack in shared:
+        result = _Split([], [])
+        for pack in packs:
             if pack.is_chain:
-                cut = self._add_chain(result, pack, limit_ps)
+                separated = frozenset(
+                    row for row in pack.rows if tree.lens[row] - tree.tail_begin[row] > room
+                )
                 tails += [
-                    Pack((row,), self.tree.tail_begin[row], self.tree.lens[row],
-                         self.tree.home[row], is_tail=True)
-                    for row in cut.separated
-                ]  # fmt: skip
-            else:
-                cut = self._add_plain(result, pack, limit_ps)
-            result.cuts.append(cut)
-        tails.sort(key=lambda pack: pack.rows)
-        for pack in tails:
-            result.cuts.append(self._add_plain(result, pack, limit_ps))
-        result.packs = shared + tails
+                    Pack((row,), tree.tail_begin[row], tree.lens[row], tree.home[row], is_tail=True)
+                    for row in separated
+                ]
+                if len(separated) < len(pack.rows) or tree.segments[pack.segment].child_segments:
+                    result.add(self._chain(pack, separated, limit_ps))
+                else:  # no step is left
+                    result.add(self._plain(replace(pack, is_chain=False), limit_ps))
+            elif not pack.is_tail:
+                result.add(self._plain(pack, limit_ps))
+        for pack in sorted(tails, key=lambda pack: pack.rows):
+            result.add(self._plain(pack, limit_ps))
         return result
 
     def _add_chunks(self, result: _Split, rows: int, chunks: int, longest: int, sum_: int) -> None:
@@ -464,30 +478,40 @@ class _Splitter:
         result.parts += parts
         result.work_ps += parts * self.pricer.part_ps
 
-    def _add_plain(self, result: _Split, pack: Pack, limit_ps: int) -> Cut:
+    def _plain(self, pack: Pack, limit_ps: int) -> _Split:
+        """A pack that is no chain."""
         rows, tokens = len(pack.rows), max(pack.end - pack.start, 0)
         chunk, chunks = _cut(tokens, self._room(self.pricer.kinds(rows)[0], limit_ps))
         if pack.is_tail and chunks > 1:  # cut the horizon as well, empty at first
             chunks = -(-(tokens + self.horizon) // chunk)
+        result = _Split([pack], [Cut(chunk, chunks)])
         self._add_chunks(result, rows, chunks, chunk, tokens)
         if not (pack.is_tail and pack.start == 0 and chunks == 1):  # else: written directly
             self._add_parts(result, rows * chunks)
-        return Cut(chunk, chunks)
+        return result
 
-    def _add_chain(self, result: _Split, pack: Pack, limit_ps: int) -> Cut:
-        """Separates long tails, then finds the most rows an item can have within the limit."""
-        tree, pricer, model = self.tree, self.pricer, self.pricer.model
-        room = self._room(0, limit_ps)
-        long = [row for row in pack.rows if tree.lens[row] - tree.tail_begin[row] > room]
-        separated = frozenset(long)
-        for rows_per_item in pricer.chain_rows:
-            private, step_work_ps = self._steps(pack, rows_per_item, separated)
-            if private * model.solo_token_ps[0] <= limit_ps:
-                break
+    def _chain(self, pack: Pack, separated: frozenset[int], limit_ps: int) -> _Split:
+        """Of the rows an item whose steps are within the limit, those of least work.
+
+        None is: the fewest rows.
+        """
+        solo_token_ps, tries = self.pricer.model.solo_token_ps[0], self.pricer.chain_rows
+        private = {rows: self._steps(pack, rows, separated)[0] * solo_token_ps for rows in tries}
+        within = [rows for rows in tries if private[rows] <= limit_ps]
+        splits = [self._chain_of(pack, rows, separated, limit_ps) for rows in within or tries[-1:]]
+        return min(splits, key=lambda split: split.work_ps)  # ties: the widest
+
+    def _chain_of(
+        self, pack: Pack, rows_per_item: int, separated: frozenset[int], limit_ps: int
+    ) -> _Split:
+        """A chain whose items have ``rows_per_item`` request rows."""
+        pricer, model = self.pricer, self.pricer.model
+        private, step_work_ps = self._steps(pack, rows_per_item, separated)
         rows, tokens = len(pack.rows), pack.end - pack.start
         num_items = -(-rows // rows_per_item)
         kind = pricer.kinds(min(rows_per_item, rows))[0]
         chunk, chunks = _cut(tokens, self._room(kind, limit_ps))
+        result = _Split([pack], [Cut(chunk, chunks, rows_per_item, separated)])
         above = (chunks - 1) * chunk  # tokens of the plain chunks
         if chunks > 1:
             self._add_chunks(result, rows, chunks - 1, chunk, above)
@@ -501,12 +525,12 @@ class _Splitter:
         solo_ps = model.solo_item_ps[kind] + (tokens - above) * model.solo_token_ps[kind]
         solo_ps += private * model.solo_token_ps[0]
         result.wall_ps = max(result.wall_ps, solo_ps)
-        return Cut(chunk, chunks, rows_per_item, separated)
+        return result
 
     def _steps(self, pack: Pack, rows_per_item: int, separated: frozenset[int]) -> tuple[int, int]:
         """(tokens of the longest warp, SM time of all steps) of a chain."""
         tree, model = self.tree, self.pricer.model
-        key = (pack.segment, rows_per_item, separated)
+        key = (pack.segment, min(rows_per_item, len(pack.rows)), separated)
         if key not in self._known:
             cut = Cut(0, 1, rows_per_item, separated)
             items = chain_items(tree, pack, cut, self.pricer.group)
@@ -563,6 +587,31 @@ def horizon_of(lens: list[int]) -> int:
     return min(64 + min(lens, default=0) // 32, MAX_HORIZON)
 
 
+def _shared_split(
+    tree: SegmentTree,
+    shape: Shape,
+    model: CostModel,
+    search: Search,
+    part_scale: int,
+) -> tuple[int, _Split] | None:
+    """Best plan that shares, with packs chosen under one price of partials.
+
+    The cost by which packs are chosen is a sum, blind to how evenly their items load the GPU, and
+    chains are the coarser ones: where they were chosen, a plan without any is tried as well.
+    """
+    forced = shape.sharing == "on" and part_scale == 1
+    true_pricer, horizon = _Pricer(shape, model, search, 1), horizon_of(tree.lens)
+    best: tuple[int, _Split] | None = None
+    for tried in (search, replace(search, chains=False)):
+        packs = choose_packs(tree, _Pricer(shape, model, tried, part_scale), forced)
+        found = choose_split(tree, packs, shape, true_pricer, search.wall_eighths, horizon)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
+        if not (search.without_chains and any(pack.is_chain for pack in packs)):
+            break
+    return best
+
+
 def pack_rows(
     tree: SegmentTree, shape: Shape, model: CostModel, search: Search | None = None
 ) -> Packing:
@@ -579,21 +628,19 @@ def pack_rows(
     """
     search = search or Search()
     horizon = horizon_of(tree.lens)
-    true_pricer = _Pricer(shape, model, search, 1)
     chosen: tuple[int, _Split] | None = None
     coarsened, sharing = 0, False
     if shape.sharing != "off" and tree.segments:
         for part_scale in PART_SCALES:
-            pricer = _Pricer(shape, model, search, part_scale)
-            packs = choose_packs(tree, pricer, shape.sharing == "on" and part_scale == 1)
-            chosen = choose_split(tree, packs, shape, true_pricer, search.wall_eighths, horizon)
+            chosen = _shared_split(tree, shape, model, search, part_scale)
             if chosen is not None:
                 sharing = True
                 break
             coarsened += 1
     if shape.sharing != "on" or chosen is None:
+        pricer = _Pricer(shape, model, search, 1)
         packs = unshared_packs(tree)
-        alone = choose_split(tree, packs, shape, true_pricer, search.wall_eighths, horizon)
+        alone = choose_split(tree, packs, shape, pricer, search.wall_eighths, horizon)
         if alone is not None and (chosen is None or alone[0] <= chosen[0]):
             chosen, sharing = alone, False
     if chosen is None:

@@ -87,7 +87,7 @@ void Packer::price_steps(const SegmentTree& tree) {
 
 // Bottom-up: the least cost of every segment and level, and who merges for it. Forced: no row reads
 // a shared run in its own tail.
-void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced) {
+void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced, bool chains) {
   const int32_t n = tree.size();
   const PriceTable::Price one = prices_[1];
   cost_.fit(n * kNumLevels);
@@ -103,7 +103,7 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced)
       split_total += cost_[v * kNumLevels];
     }
     const bool may_chain =
-        shape_.group_size <= kMaxChainGroup && levels_below_[u] <= kMaxChainDepth;
+        chains && shape_.group_size <= kMaxChainGroup && levels_below_[u] <= kMaxChainDepth;
     for (int32_t j = 0; j < num_levels_[u]; ++j) {
       const int32_t start = starts_[u * kNumLevels + j];
       const int64_t tokens = segment.end - start;
@@ -282,6 +282,27 @@ void Packer::collect_pieces(const SegmentTree& tree, int32_t num_entries) {
   }
 }
 
+// The best plan that shares, left in packing_: with chains where they are additively cheapest or,
+// if there are any, without; a sum does not see how evenly the items load the GPU.
+std::optional<Split> Packer::choose_shared(const SegmentTree& tree, int64_t part_scale) {
+  const int64_t part_ps = model_.part_ps * part_scale * shape_.group_size;
+  const bool forced = shape_.sharing == Sharing::kOn && part_scale == 1;
+  choose_costs(tree, part_ps, forced, true);
+  choose_packs(tree);
+  const auto chains = splitter_.choose(tree, packing_, true, INT64_MAX);
+  if (packing_.num_chains == 0) return chains;
+  std::swap(packing_, with_chains_);
+  packing_.horizon = with_chains_.horizon;
+  packing_.coarsened = with_chains_.coarsened;
+  choose_costs(tree, part_ps, forced, false);
+  choose_packs(tree);
+  const auto plain =
+      splitter_.choose(tree, packing_, true, chains ? chains->predicted_ps : INT64_MAX);
+  if (plain && (!chains || plain->predicted_ps < chains->predicted_ps)) return plain;
+  std::swap(packing_, with_chains_);
+  return chains;
+}
+
 const Packing& Packer::pack(const SegmentTree& tree) {
   const int32_t num_rows = tree.num_rows();
   prices_.reserve(std::max(num_rows, 1));
@@ -292,10 +313,7 @@ const Packing& Packer::pack(const SegmentTree& tree) {
   if (shape_.sharing != Sharing::kOff && tree.size() > 0) {
     link(tree);
     for (const int64_t scale : kPartScales) {
-      const bool forced = shape_.sharing == Sharing::kOn && scale == 1;
-      choose_costs(tree, model_.part_ps * scale * shape_.group_size, forced);
-      choose_packs(tree);
-      chosen = splitter_.choose(tree, packing_, true, INT64_MAX);
+      chosen = choose_shared(tree, scale);
       if (chosen) break;
       ++packing_.coarsened;
     }

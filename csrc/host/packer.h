@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "cost_model.h"
 #include "packing.h"
@@ -41,7 +42,8 @@ class Packer {
 
   void link(const SegmentTree& tree);
   void price_steps(const SegmentTree& tree);
-  void choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced);
+  std::optional<Split> choose_shared(const SegmentTree& tree, int64_t part_scale);
+  void choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced, bool chains);
   void choose_packs(const SegmentTree& tree);
   void collect_pieces(const SegmentTree& tree, int32_t num_entries);
 
@@ -50,6 +52,7 @@ class Packer {
   PriceTable prices_;
   Splitter splitter_;
   Packing packing_;
+  Packing with_chains_;  // put aside while packing_ is tried without
 
   // By segment. Levels: how many segments further up the pack may start.
   Scratch<int32_t> first_child_, next_sibling_, own_rows_, num_levels_, level_;

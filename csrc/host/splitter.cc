@@ -64,7 +64,7 @@ Splitter::Cut Splitter::cut_tail(int64_t tokens, int64_t room, int32_t horizon) 
   return result;
 }
 
-// The most rows an item can have within the limit.
+// Of the rows an item whose steps are within the limit, those of least work; none is: the fewest.
 Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack& pack,
                                        const Room& room) {
   const Chain& chain = packing.chains[pack.chain];
@@ -76,6 +76,7 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
       num_separated += pieces[i].is_separated(tail_room);
     }
   }
+  if (num_separated == chain.num_pieces) return {};
   Tried& tried = tried_[pack.chain];
   RowLoad* row_loads = row_loads_.data() + chain.first_piece + pack.chain;
   if (tried.num_separated != num_separated) {
@@ -83,56 +84,73 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
     tried.known = 0;
     sum_pieces(pieces, chain.num_pieces, tail_room, pack.num_rows, row_loads);
   }
+  const RowLoad& unique = row_loads[pack.num_rows];  // every piece counted once
 
   // Of several numbers that make a single item the last gives the same as the first.
   int32_t i = 0;
   while (i + 1 < num_tries_ && tried_rows_[i + 1] >= pack.num_rows) ++i;
-  for (;; ++i) {
+  ChainCut best{};
+  for (; i < num_tries_; ++i) {
+    ChainCut c = without_steps(pack, room, tried_rows_[i], num_separated);
+    c.sums.work_ps +=
+        unique.begun_tokens * model_.token_ps[0] + unique.begun_steps * model_.step_ps;
+    // Pieces that are in several fragments only add to the work.
+    if (best.rows_per_item > 0 && c.sums.work_ps >= best.sums.work_ps) continue;
     if ((tried.known >> i & 1) == 0) {
       const FragmentGrid grid(shape_.group_size, pack.num_rows, tried_rows_[i]);
       tried.loads[i] = grid.load(row_loads);
       tried.known |= 1u << i;
     }
-    if (tried.loads[i].longest_warp <= room.steps || i + 1 == num_tries_) break;
+    const FragmentLoad& load = tried.loads[i];
+    const bool is_last_resort = best.rows_per_item == 0 && i + 1 == num_tries_;
+    if (load.longest_warp > room.steps && !is_last_resort) continue;
+    c.num_steps = load.steps;
+    c.sums.work_ps += (load.tokens - unique.begun_tokens) * model_.reread_ps[0] +
+                      (load.steps - unique.begun_steps) * model_.step_ps;
+    c.solo_ps += load.longest_warp * model_.solo_token_ps[0];
+    if (best.rows_per_item == 0 || c.sums.work_ps < best.sums.work_ps) best = c;
   }
-  const int32_t rows = tried_rows_[i];
-  const int32_t tile =
-      PriceTable::tile_for(static_cast<int64_t>(std::min(rows, pack.num_rows)) * shape_.group_size);
-  return {cut(pack.end - pack.start, room.tokens[tile]),
-          rows,
-          (pack.num_rows + rows - 1) / rows,
-          tile,
-          num_separated,
-          row_loads[pack.num_rows].begun_tokens,
-          tried.loads[i]};
+  return best;
 }
 
-void Splitter::add_chain(const Packing& packing, const SharedPack& pack, const Room& room,
-                         Sums& sums) {
-  const PriceTable::Price& price = prices_[pack.num_rows];
-  const ChainCut c = cut_chain(packing, pack, room);
+// A chain whose work items have `rows_per_item` rows, as if there were nothing below its run.
+Splitter::ChainCut Splitter::without_steps(const SharedPack& pack, const Room& room,
+                                           int32_t rows_per_item, int32_t num_separated) const {
+  const int64_t query_rows =
+      static_cast<int64_t>(std::min(rows_per_item, pack.num_rows)) * shape_.group_size;
+  const int32_t tile = PriceTable::tile_for(query_rows);
+  ChainCut c{.run = cut(pack.end - pack.start, room.tokens[tile]), .rows_per_item = rows_per_item};
   const int64_t num_plain = c.run.num_chunks - 1;
   const int64_t plain_tokens = num_plain * c.run.chunk;
   const int64_t tokens = pack.end - pack.start - plain_tokens;
+  const int64_t num_items = (pack.num_rows + rows_per_item - 1) / rows_per_item;
   if (num_plain > 0) {
-    sums.items += num_plain * price.num_tiles;
-    sums.work_ps += num_plain * price.item_ps + plain_tokens * price.token_ps;
-    sums.wall_ps = std::max(sums.wall_ps, model_.solo_item_ps[price.tile] +
-                                              c.run.chunk * model_.solo_token_ps[price.tile]);
+    const PriceTable::Price& price = prices_[pack.num_rows];
+    c.sums.items = num_plain * price.num_tiles;
+    c.sums.work_ps = num_plain * price.item_ps + plain_tokens * price.token_ps;
+    c.sums.wall_ps =
+        model_.solo_item_ps[price.tile] + c.run.chunk * model_.solo_token_ps[price.tile];
   }
   const bool has_parts = num_plain > 0 || pack.start > 0;
-  const int64_t parts = num_plain * pack.num_rows + (has_parts ? pack.num_rows : c.num_separated);
-  sums.parts += parts;
-  sums.items += c.num_items;
-  sums.work_ps +=
-      c.num_items * model_.item_ps[c.tile] +
-      tokens * (model_.token_ps[c.tile] + (c.num_items - 1) * model_.reread_ps[c.tile]) +
-      c.unique_tokens * model_.token_ps[0] +
-      (c.load.tokens - c.unique_tokens) * model_.reread_ps[0] + c.load.steps * model_.step_ps +
-      parts * model_.part_ps * shape_.group_size;
-  sums.wall_ps =
-      std::max(sums.wall_ps, model_.solo_item_ps[c.tile] + tokens * model_.solo_token_ps[c.tile] +
-                                 c.load.longest_warp * model_.solo_token_ps[0]);
+  c.sums.parts = num_plain * pack.num_rows + (has_parts ? pack.num_rows : num_separated);
+  c.sums.items += num_items;
+  c.sums.work_ps += num_items * model_.item_ps[tile] +
+                    tokens * (model_.token_ps[tile] + (num_items - 1) * model_.reread_ps[tile]) +
+                    c.sums.parts * model_.part_ps * shape_.group_size;
+  c.solo_ps = model_.solo_item_ps[tile] + tokens * model_.solo_token_ps[tile];
+  return c;
+}
+
+// false: the pack is no chain under this limit.
+bool Splitter::add_chain(const Packing& packing, const SharedPack& pack, const Room& room,
+                         Sums& sums) {
+  const ChainCut c = cut_chain(packing, pack, room);
+  if (c.rows_per_item == 0) return false;
+  sums.parts += c.sums.parts;
+  sums.items += c.sums.items;
+  sums.work_ps += c.sums.work_ps;
+  sums.wall_ps = std::max({sums.wall_ps, c.sums.wall_ps, c.solo_ps});
+  return true;
 }
 
 // As limits fall, work, partials and items of plain packs and tails never fall, so the search ends
@@ -197,12 +215,13 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
     Sums sums{packs_ps, 0, 0, 0};
     for (int32_t i = 0; i < num_shared; ++i) {
       const SharedPack& pack = packing.shared[i];
-      if (pack.chain >= 0) {
-        add_chain(packing, pack, room, sums);
-        continue;
-      }
       const PriceTable::Price& price = prices_[pack.num_rows];
-      const Cut c = cut(pack.end - pack.start, room.tokens[price.tile]);
+      const int64_t tokens = pack.end - pack.start;
+      if (pack.chain >= 0) {
+        if (add_chain(packing, pack, room, sums)) continue;
+        sums.work_ps += price.item_ps + tokens * price.token_ps;
+      }
+      const Cut c = cut(tokens, room.tokens[price.tile]);
       const int64_t parts = static_cast<int64_t>(pack.num_rows) * c.num_chunks;
       sums.parts += parts;
       sums.items += static_cast<int64_t>(price.num_tiles) * c.num_chunks;
@@ -252,16 +271,19 @@ void Splitter::apply(const SegmentTree& tree, const Split& split, Packing& packi
     num_chunks[i] = c.num_chunks;
   };
   for (int32_t i = 0; i < num_shared; ++i) {
-    const SharedPack& pack = packing.shared[i];
+    SharedPack& pack = packing.shared[i];
+    Cut run = cut(pack.end - pack.start, room.tokens[prices_[pack.num_rows].tile]);
     if (pack.chain >= 0) {
       const ChainCut c = cut_chain(packing, pack, room);
-      Chain& chain = packing.chains[pack.chain];
-      chain.rows_per_item = c.rows_per_item;
-      chain.num_steps = c.load.steps;
-      store(i, c.run);
-    } else {
-      store(i, cut(pack.end - pack.start, room.tokens[prices_[pack.num_rows].tile]));
+      if (c.rows_per_item > 0) {
+        run = c.run;
+        packing.chains[pack.chain].rows_per_item = c.rows_per_item;
+        packing.chains[pack.chain].num_steps = c.num_steps;
+      } else {
+        pack.chain = -1;
+      }
     }
+    store(i, run);
   }
   packing.tail_room = room.tokens[0];
   for (int32_t row = 0; row < num_rows; ++row) {

@@ -34,7 +34,7 @@ class Splitter {
   std::optional<Split> choose(const SegmentTree& tree, const Packing& packing, bool shared,
                               int64_t give_up_ps);
 
-  /// Writes the cuts of the last choice to `packing`.
+  /// Writes the cuts of a choice to `packing`, the last with chains or one without.
   void apply(const SegmentTree& tree, const Split& split, Packing& packing);
 
  private:
@@ -56,8 +56,8 @@ class Splitter {
   };
 
   static constexpr int32_t kMaxTries = 8;
-  /// The steps of a chain for each number of rows an item that was tried. They depend on the limit
-  /// only through the separated tails, and which these are, only through their number.
+  /// The steps of a chain for each number of rows an item that was looked at. They depend on the
+  /// limit only through the separated tails, and which these are, only through their number.
   struct Tried {
     int32_t num_separated;  // -1: nothing is known
     uint32_t known;         // bit i: try i is filled in
@@ -65,24 +65,24 @@ class Splitter {
   };
   struct ChainCut {
     Cut run;
-    int32_t rows_per_item;
-    int32_t num_items;
-    int32_t tile;
-    int32_t num_separated;
-    int64_t unique_tokens;  // of all steps, every piece counted once
-    FragmentLoad load;
+    int32_t rows_per_item;  // 0: no step is left, the chain is a plain pack
+    int64_t num_steps;
+    int64_t solo_ps;  // of its longest work item
+    Sums sums;        // of all there is to the pack; wall_ps: of its plain chunks
   };
 
   Room room_for(int64_t mean_ps, int32_t eighths) const;
   static Cut cut(int64_t tokens, int64_t room);
   static Cut cut_tail(int64_t tokens, int64_t room, int32_t horizon);
   ChainCut cut_chain(const Packing& packing, const SharedPack& pack, const Room& room);
-  void add_chain(const Packing& packing, const SharedPack& pack, const Room& room, Sums& sums);
+  ChainCut without_steps(const SharedPack& pack, const Room& room, int32_t rows_per_item,
+                         int32_t num_separated) const;
+  bool add_chain(const Packing& packing, const SharedPack& pack, const Room& room, Sums& sums);
 
   Shape shape_;
   CostModel model_;
   const PriceTable& prices_;
-  int32_t tried_rows_[kMaxTries];  // rows of a chain's items, in the order they are tried
+  int32_t tried_rows_[kMaxTries];  // rows of a chain's items, widest first
   int32_t num_tries_ = 0;
   Scratch<Tried> tried_;        // [chains]
   Scratch<RowLoad> row_loads_;  // [rows + 1] of every chain, without the separated tails
