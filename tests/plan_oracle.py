@@ -273,6 +273,117 @@ def predicted_ps(words: np.ndarray, batch: Batch, setup: Setup) -> int:
                 seen.add(steps[n][0])
                 work += read.names.size * (model.reread_ps if again else model.token_ps)[0]
                 work += model.step_ps
+        assert seen or not is_chain, "a chain without a step"
         solo = model.solo_item_ps[kinds[first]] + shared * model.solo_token_ps[kinds[first]]
         wall = max(wall, solo + private * model.solo_token_ps[0])
     return int(work * setup.shape.num_kv_heads // model.num_sms + wall)
+
+
+class ChainCut(NamedTuple):
+    """How a chain should be cut along its rows, and the time of the whole plan."""
+
+    rows_per_item: int  # 0: a plain pack
+    separated: set[int]
+    predicted_ps: int
+
+
+def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
+    """The best cut under one limit of a batch that is one chain and nothing else.
+
+    All rows are on node 0, the only root; the other nodes are its children and end in two rows or
+    more. Rows of the same child are side by side, those that end on the root come last.
+    """
+    model, group, heads = setup.model, setup.shape.group_size, setup.shape.num_kv_heads
+    rows, shared = batch.rows, int(batch.forest.length[0])
+    horizon = min(64 + int(batch.host_lens.min()) // 32, 256)
+    depths = [batch.depth[path[-1]] for path in batch.path_of_row]
+    tails = [length - depth for length, depth in zip(batch.host_lens.tolist(), depths, strict=True)]
+
+    def tiles(query_rows: int) -> list[int]:
+        full, rest = divmod(query_rows, TILE_ROWS[-1])
+        return [2] * full + [min(k for k in range(3) if rest <= TILE_ROWS[k])] * (rest > 0)
+
+    def cut(tokens: int, room: int) -> tuple[int, int]:
+        if tokens <= room:
+            return tokens, 1
+        even = -(-tokens // -(-tokens // room))
+        chunk = -(-even // 32) * 32
+        return chunk, -(-tokens // chunk)
+
+    def plain(of: int, tokens: int, chunks: int) -> int:
+        first, *others = tiles(of * group)
+        a_token = model.token_ps[first] + sum(model.reread_ps[k] for k in others)
+        return chunks * sum(model.item_ps[k] for k in [first, *others]) + tokens * a_token
+
+    # The limit: a part of the mean time of an SM if the chain were one item.
+    base = plain(rows, shared, 1) + sum(tails) * model.token_ps[0] + rows * model.step_ps
+    for node in range(1, len(batch.depth)):
+        of_node = sum(node in path for path in batch.path_of_row)
+        fragments = -(-of_node * group // 16)
+        a_token = model.token_ps[0] + (fragments - 1) * model.reread_ps[0]
+        base += int(batch.forest.length[node]) * a_token + fragments * model.step_ps
+    limit = base * heads // model.num_sms * eighths // 8 if eighths else 10**18
+    room = [max(limit // ps, 64) for ps in model.solo_token_ps]
+
+    # Work, wall and whether it is within the limit, for a number of rows an item.
+    separated = {row for row, tail in enumerate(tails) if tail > room[0]}
+    own = [
+        {("node", n): int(batch.forest.length[n]) for n in batch.path_of_row[row][1:]}
+        | ({} if row in separated else {("tail", row): tails[row]})
+        for row in range(rows)
+    ]
+
+    def chain(rows_per_item: int) -> tuple[int, int, bool]:
+        work, private, seen = 0, 0, set()
+        for first in range(0, rows, rows_per_item):
+            query_rows = np.repeat(range(first, min(first + rows_per_item, rows)), group).tolist()
+            of_warp = [0] * 4
+            for f in range(-(-len(query_rows) // 16)):
+                pieces: dict[tuple[str, int], int] = {}
+                for row in query_rows[16 * f : 16 * f + 16]:
+                    pieces |= own[row]
+                for piece, tokens in pieces.items():
+                    ps = model.reread_ps if piece in seen else model.token_ps
+                    work += tokens * ps[0] + model.step_ps
+                of_warp[f % 4] += sum(pieces.values())
+                seen |= set(pieces)
+            private = max(private, *of_warp)
+        (kind,) = tiles(min(rows_per_item, rows) * group)
+        chunk, chunks = cut(shared, room[kind])
+        last, wall = shared - (chunks - 1) * chunk, 0
+        if chunks > 1:
+            work += plain(rows, shared - last, chunks - 1)
+            widest = tiles(rows * group)[0]
+            wall = model.solo_item_ps[widest] + chunk * model.solo_token_ps[widest]
+        items = -(-rows // rows_per_item)
+        work += items * model.item_ps[kind]
+        work += last * (model.token_ps[kind] + (items - 1) * model.reread_ps[kind])
+        parts = rows * chunks if chunks > 1 else len(separated)
+        work += parts * group * model.part_ps
+        solo = model.solo_item_ps[kind] + last * model.solo_token_ps[kind]
+        wall = max(wall, solo + private * model.solo_token_ps[0])
+        return work, wall, private * model.solo_token_ps[0] <= limit
+
+    if any(own):
+        tries = [rows // group for rows in (128, 64, 16) if rows >= group]
+        if setup.shape.sharing == "on":
+            tries = [m for m in tries if m > 1]
+        else:
+            while tries[-1] > 1:
+                tries.append(tries[-1] // 2)
+        cuts = {m: chain(m) for m in tries}
+        within = [m for m in tries if cuts[m][2]] or tries[-1:]
+        chosen = min(within, key=lambda m: (cuts[m][0], -m))
+        work, wall, _ = cuts[chosen]
+    else:
+        widest, chosen = tiles(rows * group)[0], 0
+        chunk, chunks = cut(shared, room[widest])
+        work = plain(rows, shared, chunks) + rows * chunks * group * model.part_ps
+        wall = model.solo_item_ps[widest] + chunk * model.solo_token_ps[widest]
+    for row in separated:
+        chunk, chunks = cut(tails[row], room[tiles(group)[0]])
+        chunks = -(-(tails[row] + horizon) // chunk) if chunks > 1 else 1
+        work += plain(1, tails[row], chunks) + chunks * group * model.part_ps
+        kind = tiles(group)[0]
+        wall = max(wall, model.solo_item_ps[kind] + chunk * model.solo_token_ps[kind])
+    return ChainCut(chosen, separated, work * heads // model.num_sms + wall)

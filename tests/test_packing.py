@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
-from plan_oracle import check_plan, predicted_ps
+from plan_oracle import chain_cut, check_plan, predicted_ps
 from strategies import (
     CHAINY,
     TILE_ROWS,
@@ -42,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import trees
 
 PLAIN = Search(chains=False)
+CHAINED = Search(without_chains=False)
 
 
 def packing_of(batch: Batch, setup: Setup, search: Search | None = None) -> Packing:
@@ -149,6 +151,62 @@ def test_search_narrows_the_plan(data: st.DataObject) -> None:
         words = words_of(batch, setup, Search(tiles=tiles))
         allowed = tuple(rows if k in tiles else 0 for k, rows in enumerate(TILE_ROWS))
         check_plan(words, batch, group, tile_rows=allowed)
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_chains_are_kept_only_if_they_are_faster(data: st.DataObject) -> None:
+    batch = data.draw(batches())
+    group = data.draw(st.sampled_from((1, 4, 5, 16)))
+    sharing = data.draw(st.sampled_from(("auto", "on")))
+    setup = generous(batch, group, sharing=sharing, model=data.draw(models))
+    chained, plain = (packing_of(batch, setup, search) for search in (CHAINED, PLAIN))
+    best = CHAINED if chained.predicted_ps <= plain.predicted_ps else PLAIN
+    has_chains = any(pack.is_chain for pack in chained.packs)
+    event(f"chains {has_chains}, kept {best is CHAINED}")
+    np.testing.assert_array_equal(words_of(batch, setup), words_of(batch, setup, best))
+
+
+@st.composite
+def one_chain(draw: st.DrawFn) -> Batch:
+    """A root with two rows or more, above groups of rows."""
+    groups = draw(st.lists(st.tuples(st.integers(1, 400), st.integers(2, 9)), max_size=4))
+    own_rows = draw(st.integers(2, 12))
+    length = [draw(st.integers(1, 3000)), *[length for length, _ in groups]]
+    sizes = [rows for _, rows in groups]
+    leaves = [1 + i for i, rows in enumerate(sizes) for _ in range(rows)] + [0] * own_rows
+    tail = st.sampled_from(draw(st.sampled_from(((0, 5, 40), (90, 300), (5, 3000), (700, 4000)))))
+    depth = [length[0], *[length[0] + own for own in length[1:]]]
+    lens = [depth[leaf] + draw(tail) for leaf in leaves]
+    return make_batch([-1] + [0] * len(groups), length, leaves, lens)
+
+
+@settings(max_examples=600)
+@given(st.data())
+def test_a_chain_has_the_rows_an_item_of_least_work(data: st.DataObject) -> None:
+    batch = data.draw(one_chain())
+    group = data.draw(st.sampled_from((1, 3, 4, 8, 10, 16, 40, 64)))
+    model = replace(data.draw(models), part_ps=data.draw(st.sampled_from((100_000, 2_000_000))))
+    heads, sharing = data.draw(st.sampled_from((1, 8))), data.draw(st.sampled_from(("auto", "on")))
+    setup = generous(batch, group, heads, sharing, model)
+    eighths = data.draw(st.sampled_from(WALL_EIGHTHS))
+    search = Search(wall_eighths=(eighths,), without_chains=False)
+    packing = packing_of(batch, setup, search)
+    wanted = chain_cut(batch, setup, eighths)
+    shared = [i for i, pack in enumerate(packing.packs) if not pack.is_tail]
+    packs = [packing.packs[i] for i in shared]
+    # Not if packs that are no chains cost less, or reading without sharing is faster.
+    assume([pack.rows for pack in packs] == [tuple(range(batch.rows))])
+    kind = tiles_of(group)[0]
+    must_chain = model.step_ps <= model.item_ps[kind] and model.token_ps[0] <= model.token_ps[kind]
+    assume(packs[0].is_chain or (must_chain and sharing == "on"))
+    (cut,) = (packing.cuts[i] for i in shared)
+    event(f"{wanted.rows_per_item * group // 16} fragments, separated {bool(wanted.separated)}")
+    assert packs[0].is_chain == (wanted.rows_per_item > 0)
+    assert min(cut.rows_per_item, batch.rows) == min(wanted.rows_per_item, batch.rows)
+    assert cut.separated == (wanted.separated if packs[0].is_chain else set())
+    assert packing.predicted_ps == wanted.predicted_ps
+    assert predicted_ps(words_of(batch, setup, search), batch, setup) == wanted.predicted_ps
 
 
 @settings(max_examples=300)
@@ -294,11 +352,89 @@ def test_a_chain_leaves_no_partial() -> None:
 def test_forced_chains_do_share(group: int) -> None:
     # Few tokens on many SMs: one row an item would be fastest, and share nothing.
     batch = make_batch([-1], [300], [0] * 12, [360] * 12)
-    words = words_of(batch, generous(batch, group, model=CHAINY, sharing="on"))
+    words = words_of(batch, generous(batch, group, model=CHAINY, sharing="on"), CHAINED)
     assert words[layout.H_CHAINS] > 0
     fragments_of_a_row = 1 + -(-group // 16)
     assert words[layout.H_PLANNED_TOKENS] <= 300 * 6 + 60 * 12 * fragments_of_a_row
     check_plan(words, batch, group)
+
+
+def test_a_chain_gives_way_to_items_side_by_side() -> None:
+    # A chain saves partials, worth their price on one SM; on many SMs a tail is read meanwhile.
+    batch = make_batch([-1], [100], [0, 0], [200, 200])
+    for num_sms, wall in ((1, 100 + 100 * 5 + 200 * 5), (1000, 100 + 100 * 5)):
+        model = replace(ROUND, num_sms=num_sms)
+        setup = generous(batch, group=1, heads=1, sharing="on", model=model)
+        uncut = Search(wall_eighths=(0,))
+        packing = packing_of(batch, setup, uncut)
+        has_chains = any(pack.is_chain for pack in packing.packs)
+        assert has_chains == (num_sms == 1)
+        parts = 0 if has_chains else 4
+        items, steps = (1, 2) if has_chains else (3, 0)
+        work = items * 10 + 300 * 3 + parts * 1000 + steps * 7
+        assert packing.predicted_ps == work // num_sms + wall
+        check_plan(words_of(batch, setup, uncut), batch, 1)
+
+
+def test_a_chain_wins_a_tie() -> None:
+    # Tails of no token take no time beside the shared run, and everything else rounds to nothing.
+    batch = make_batch([-1], [100], [0, 0], [100, 100])
+    model = replace(ROUND, num_sms=10**6)
+    setup = generous(batch, group=1, heads=1, sharing="on", model=model)
+    with_chains, without = (
+        packing_of(batch, setup, Search(chains=chains, wall_eighths=(0,)))
+        for chains in (True, False)
+    )
+    assert with_chains.predicted_ps == without.predicted_ps == 100 + 100 * 5
+    assert [pack.is_chain for pack in with_chains.packs] == [True]
+
+
+def test_a_chain_that_lost_its_steps_is_a_plain_pack() -> None:
+    # Every tail would be waited for on many SMs. With a level between, its step is left.
+    lens = [1500 + 4000] * 20
+    for parent, length, leaves, chains in (
+        ([-1], [1500], [0] * 20, False),
+        ([-1, 0], [1400, 100], [1] * 10 + [0] * 10, True),
+    ):
+        batch = make_batch(parent, length, leaves, lens)
+        setup = generous(batch, sharing="on", model=CHAINY)
+        search = Search(wall_eighths=(4,), without_chains=False)
+        packing = packing_of(batch, setup, search)
+        wanted = chain_cut(batch, setup, 4)
+        assert wanted.separated == set(range(20))
+        assert packing.predicted_ps == wanted.predicted_ps
+        assert packing.packs[0].is_chain == chains
+        assert packing.packs[0].rows == tuple(range(20))
+        assert [pack.rows for pack in packing.packs[1:]] == [(row,) for row in range(20)]
+        words = words_of(batch, setup, search)
+        assert (words[layout.H_CHAINS] > 0) == (words[layout.H_STEPS] > 0) == chains
+        assert predicted_ps(words, batch, setup) == packing.predicted_ps
+        check_plan(words, batch, 4)
+
+
+@pytest.mark.parametrize(
+    ("narrow_ps", "shared", "rows_per_item"), [(10, 100, 4), (100, 100, 32), (10, 1000, 32)]
+)
+def test_narrow_items_when_they_are_less_work(
+    narrow_ps: int, shared: int, rows_per_item: int
+) -> None:
+    # 32 rows as 1, 2, 8, 16 or 32 items: 1500 + 3 a token, 1800 + 4, 8 narrow items + 10, 16 + 18,
+    # 32 + 34. At 100 ps and 100 tokens 8 narrow ones are as much work as a wide one, which wins.
+    batch = make_batch([-1], [shared], [0] * 32, [shared + 10] * 32)
+    setup = generous(batch, heads=1, model=replace(ROUND, item_ps=(narrow_ps, 900, 1500)))
+    search = Search(wall_eighths=(0,))
+    packing = packing_of(batch, setup, search)
+    (cut,) = packing.cuts
+    assert cut.rows_per_item == rows_per_item
+    # A warp reads four tails in one fragment of a narrow item, eight in two of a wide one.
+    work, wall = (
+        (8 * narrow_ps + 10 * shared, 100 + shared * 5 + 4 * 10 * 5)
+        if rows_per_item == 4
+        else (1500 + 3 * shared, 300 + shared * 2 + 8 * 10 * 5)
+    )
+    work += 32 * (10 * 3 + 7)
+    assert packing.predicted_ps == work + wall
+    check_plan(words_of(batch, setup, search), batch, 4)
 
 
 def test_rows_of_a_chain_are_depth_first() -> None:

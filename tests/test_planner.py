@@ -147,6 +147,22 @@ def test_chain_of_depth_1024(rows: int, backwards: bool) -> None:
         np.testing.assert_array_equal(words, oracle_words(batch, setup))
 
 
+@pytest.mark.parametrize("sharing", ["auto", "on"])
+@pytest.mark.parametrize("num_sms", [1, 3, 10, 132])
+def test_chains_that_lose_their_steps(num_sms: int, sharing: str) -> None:
+    # Forests whose private tails are as long as what they share, so that chains lose most of them.
+    model = CostModel(**{**CHAINY.__dict__, "num_sms": num_sms})
+    for groups in (0, 1, 3):
+        parent, length = [-1] + [0] * groups, [900] + [60] * groups
+        leaves = [row % (groups + 1) for row in range(24)]
+        for tail in (0, 70, 300, 1500):
+            lens = [900 + 60 * (leaf > 0) + tail + row % 3 for row, leaf in enumerate(leaves)]
+            batch = make_batch(parent, length, leaves, lens)
+            capacity = capacity_for(24, sum(lens), 10_000, 4, MAX_HORIZON)
+            shape = Shape(4, 8, capacity.parts, capacity.items, sharing)
+            check(batch, Setup(shape, model, capacity), growth=20)
+
+
 def test_no_rows() -> None:
     batch = make_batch([-1], [10], [], [])
     capacity = capacity_for(1, 100, 0, 4, MAX_HORIZON)
