@@ -17,17 +17,14 @@ class BlockTile {
   __device__ BlockTile(uint32_t q, int32_t warp, int32_t lane)
       : q_(q + warp * kSliceBytes), lane_(lane) {}
 
-  __device__ __forceinline__ void scores(uint32_t k_tile) {
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int n = 0; n < kScoreBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores_[b][n][i] = 0.f;
-      }
-    }
-    const int token = (lane_ & 7) + ((lane_ >> 4) << 3);
-    const int half = (lane_ >> 3) & 1;
+  /// Scores of the tile, of which `left` tokens exist, and the online softmax.
+  __device__ __forceinline__ void scores(uint32_t k_tile, int32_t left, RowBlock* rows,
+                                         float scale_log2) {
+    float scores[kBlocks][kScoreBlocks][4] = {};
+    const int lane = ptx::opaque(lane_);
+    const int token = (lane & 7) + ((lane >> 4) << 3);
+    const int half = (lane >> 3) & 1;
+    const uint32_t row_address = q_ + swizzled(lane & 15, lane >> 4);
     constexpr int kPairs = kScoreBlocks / 2;
     // The next fragment is loaded before the MMAs of the current one: with two warps a scheduler
     // nothing else hides the latency.
@@ -39,8 +36,7 @@ class BlockTile {
       uint32_t a[kBlocks][4];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        const uint32_t row_address = q_ + b * kEntryBytes + swizzled(lane_ & 15, lane_ >> 4);
-        ptx::ldmatrix_x4(a[b], stepped(row_address, 0, k * 2));
+        ptx::ldmatrix_x4(a[b], stepped(row_address, 0, k * 2) + b * kEntryBytes);
       }
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
@@ -52,41 +48,35 @@ class BlockTile {
         const auto& f = r[(next - 1) % 2];
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          ptx::mma_m16n8k16<Element>(scores_[b][2 * pair], a[b], f[0], f[1]);
-          ptx::mma_m16n8k16<Element>(scores_[b][2 * pair + 1], a[b], f[2], f[3]);
+          ptx::mma_m16n8k16<Element>(scores[b][2 * pair], a[b], f[0], f[1]);
+          ptx::mma_m16n8k16<Element>(scores[b][2 * pair + 1], a[b], f[2], f[3]);
         }
       }
     }
-  }
-
-  /// Softmax and out += P V. Of the tile `left` tokens exist.
-  __device__ __forceinline__ void accumulate(uint32_t v_tile, int32_t left, RowBlock* rows,
-                                             float scale_log2) {
     if (left < kBlockRows) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) mask_tokens(scores_[b], lane_, left);
+      for (int b = 0; b < kBlocks; ++b) mask_tokens(scores[b], lane, left);
     }
-    bool moved = false;
-    float rescale[kBlocks][2];
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      moved |= probabilities(rows[b], scores_[b], scale_log2, rescale[b]);
-    }
-    if (moved) {
+      float rescale[2];
+      if (probabilities(rows[b], scores[b], scale_log2, rescale)) rescale_out(rows[b], rescale);
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) rescale_out(rows[b], rescale[b]);
+      for (int t = 0; t < kTokenSteps; ++t) pack_probabilities(p_[b][t], scores[b], t);
     }
-    const int token = (lane_ & 7) + ((lane_ >> 3) & 1) * 8;
-    const int half = lane_ >> 4;
+  }
+
+  /// out += P V.
+  __device__ __forceinline__ void accumulate(uint32_t v_tile, RowBlock* rows) {
+    const int lane = ptx::opaque(lane_);
+    const int token = (lane & 7) + ((lane >> 3) & 1) * 8;
+    const int half = lane >> 4;
     constexpr int kPairs = kOutBlocks / 2;
     const uint32_t lane_address = v_tile + swizzled(token, half);
     uint32_t r[2][4];
     ptx::ldmatrix_x4_trans(r[0], lane_address);
 #pragma unroll
     for (int t = 0; t < kTokenSteps; ++t) {
-      uint32_t p[kBlocks][4];
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) pack_probabilities(p[b], scores_[b], t);
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
         const int next = t * kPairs + pair + 1;
@@ -97,8 +87,8 @@ class BlockTile {
         const auto& f = r[(next - 1) % 2];
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          ptx::mma_m16n8k16<Element>(rows[b].out[2 * pair], p[b], f[0], f[1]);
-          ptx::mma_m16n8k16<Element>(rows[b].out[2 * pair + 1], p[b], f[2], f[3]);
+          ptx::mma_m16n8k16<Element>(rows[b].out[2 * pair], p_[b][t], f[0], f[1]);
+          ptx::mma_m16n8k16<Element>(rows[b].out[2 * pair + 1], p_[b][t], f[2], f[3]);
         }
       }
     }
@@ -109,7 +99,7 @@ class BlockTile {
 
   const uint32_t q_;  // of this warp's rows
   const int32_t lane_;
-  float scores_[kBlocks][kScoreBlocks][4];
+  uint32_t p_[kBlocks][kTokenSteps][4];  // of the tile
 };
 
 }  // namespace pat

@@ -72,16 +72,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 #else
 
-constexpr int kThreads = kWarps * 32;
-
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ Mailbox mailbox;
+  __shared__ Mailbox mailboxes[kWarps];
   __shared__ int32_t drawn;
   const Tables tables{params.plan};
+  const uint32_t address = ptx::shared_address(shared);
   for_each_tile(params, tables, [&]<int kTile>() {
-    drain<TileConfig<kTile>>(params, tables, shared, mailbox, drawn);
+    drain<TileConfig<kTile>>(params, tables, address, mailboxes, drawn);
   });
 }
 

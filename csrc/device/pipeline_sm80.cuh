@@ -8,7 +8,7 @@
 // kStages - 2 groups have. What another thread has copied is there after a barrier.
 #pragma once
 
-#include "config.cuh"
+#include "copy.cuh"
 
 #if defined(PAT_PATH_SM80)
 
@@ -25,8 +25,14 @@ inline constexpr int kQBytes = kTiles[kNumTiles - 1].rows / kBlockRows * kEntryB
 inline constexpr int kStages = (kSharedBytes - kQBytes) / kEntryBytes;
 static_assert(kStages >= 3, "two entries in flight while one is computed");
 
-/// Words of the slices in flight, see Slice; written by the warp's lane 0 with K of a slice.
-using Mailbox = int32_t[kWarps][kStages];
+/// Slots of one slice: those of the rows that a lane copies, side by side.
+using StagedSlots = int32_t[kRowsPerLoad][kCopyPasses];
+
+/// What a warp keeps in shared memory about its stream.
+struct alignas(16) Mailbox {
+  StagedSlots slots;        // of the slice that is brought next
+  int32_t slices[kStages];  // words of the slices in flight, written with their K
+};
 
 }  // namespace pat
 

@@ -3,123 +3,121 @@
 // share and then through the steps of the warp's fragments.
 #pragma once
 
+#include "pipeline_sm80.cuh"
 #include "slice.cuh"
 
 #if defined(PAT_PATH_SM80)
 
 namespace pat {
 
+/// Item of a piece, a pair of item and KV head.
+template <typename Config>
+__device__ __forceinline__ Item load_piece(const DecodeParams& params, const Tables& tables,
+                                           int32_t piece) {
+  const int32_t first = tables.header(kHeaderItemBegin + Config::kTile);
+  return load_item(tables, params.live_lens, first + piece / params.num_kv_heads);
+}
+
 template <typename Config>
 class Stream {
  public:
+  /// `staged`: room for the slots of a slice, of this warp alone.
   __device__ Stream(const DecodeParams& params, const Tables& tables, const Item& item,
-                    int32_t warp, int32_t lane)
+                    int32_t piece, StagedSlots& staged, int32_t warp, int32_t lane)
       : params_(params),
         tables_(tables),
-        walk_(item),
+        staged_(staged),
+        piece_(piece),
         lane_(lane),
-        tokens_(item.tokens()),
-        // The narrow tile's stream is its warp's alone; of a wide one each warp brings a quarter.
-        position_(Config::kWide ? warp * kSliceTokens : 0),
-        tiles_left_((item.tokens() + Config::kTokens - 1) / Config::kTokens),
-        first_entry_(item.first_entry),
-        first_row_(Config::kWide ? warp * kFragmentRows : 0) {
-    if (item.first_fragment >= 0) {
-#pragma unroll
-      for (int b = 0; b < Config::kRowBlocks; ++b) {
-        const int32_t row = b * kBlockRows + first_row_;
-        if (row < item.query_rows) {
-          const int2 words = tables.fragment(item.first_fragment + row / kFragmentRows);
-          first_step_[b] = words.x;
-          num_steps_[b] = words.y;
-        }
-      }
-      load_steps();
-    }
+        first_(Config::kWide ? warp * kSliceTokens : 0),
+        walk_(item),
+        position_(first_),
+        tokens_(item.tokens()) {
     fetch();
     advance();
   }
 
-  /// Slot of this lane's token (lanes 0..15) and the word of the current slice.
-  __device__ int32_t slot() const { return slot_; }
+  /// The word of the current slice; its slots are staged.
   __device__ int32_t slice() const { return slice_; }
   __device__ bool over() const { return slice_ == Slice::kEnd; }
 
   /// To the next slice; the one after it is fetched, a slice ahead of its use.
   __device__ __forceinline__ void advance() {
-    slot_ = next_slot_;
+    __syncwarp();
+    if (lane_ < kSliceTokens) {
+      staged_[lane_ % kRowsPerLoad][lane_ / kRowsPerLoad] = next_slot_;
+    }
+    __syncwarp();
     slice_ = next_slice_;
-    fetch();
+    if (!over()) fetch();
   }
 
  private:
   __device__ __forceinline__ void fetch() {
-    if (tiles_left_ > 0) {
-      --tiles_left_;
+    if (position_ - first_ < tokens_) {
       const int32_t valid = min(max(tokens_ - position_, 0), kSliceTokens);
       if (lane_ < valid) next_slot_ = walk_.slot(tables_, params_.slots, position_ + lane_);
       position_ += Config::kTokens;
       next_slice_ = Slice::pack(valid, Slice::kAllRows, 0);
       return;
     }
-    while (offset_ >= length_) {
-      if (step_ == total_steps()) {
+    while (left_ <= 0) {
+      if (step_ % 32 == 0) load_steps();
+      if (step_ == steps_) {
         next_slice_ = Slice::kEnd;
         return;
       }
-      if (step_ - batch_ == 32) {
-        batch_ = step_;
-        load_steps();
-      }
-      from_ = __shfl_sync(0xffffffffu, mine_.slot, step_ - batch_);
-      length_ = __shfl_sync(0xffffffffu, mine_.length, step_ - batch_);
-      owners_ = __shfl_sync(0xffffffffu, mine_.rows, step_ - batch_);
-      offset_ = 0;
+      from_ = __shfl_sync(0xffffffffu, mine_.slot, step_ % 32);
+      left_ = __shfl_sync(0xffffffffu, mine_.length, step_ % 32);
+      owners_ = __shfl_sync(0xffffffffu, mine_.rows, step_ % 32);
       ++step_;
     }
-    const int32_t valid = min(length_ - offset_, kSliceTokens);
-    if (lane_ < valid) next_slot_ = __ldg(params_.slots + from_ + offset_ + lane_);
-    offset_ += kSliceTokens;
+    const int32_t valid = min(left_, kSliceTokens);
+    if (lane_ < valid) next_slot_ = __ldg(params_.slots + from_ + lane_);
+    from_ += kSliceTokens;
+    left_ -= kSliceTokens;
     next_slice_ = Slice::pack(valid, owners_, 0);
   }
 
-  __device__ int32_t total_steps() const {
-    int32_t total = num_steps_[0];
-#pragma unroll
-    for (int b = 1; b < Config::kRowBlocks; ++b) total += num_steps_[b];
-    return total;
-  }
-
-  /// Lane l reads step batch_ + l, the first block's steps before the second's: one latency for up to
+  /// Lane l reads step step_ + l, the first block's steps before the second's: one latency for up to
   /// 32 steps.
   __device__ __forceinline__ void load_steps() {
-    int32_t index = batch_ + lane_, block = 0;
-    if (index >= total_steps()) return;
-    if (Config::kRowBlocks > 1 && index >= num_steps_[0]) {
-      index -= num_steps_[0];
-      block = 1;
+    const Item item = load_piece<Config>(params_, tables_, piece_);
+    if (item.first_fragment < 0) return;
+    const int32_t mine = step_ + lane_;
+    int32_t index = 0, row = 0;
+    steps_ = 0;
+#pragma unroll
+    for (int b = 0; b < Config::kRowBlocks; ++b) {
+      const int32_t first_row = b * kBlockRows + first_;
+      if (first_row >= item.query_rows) break;
+      const int2 words = tables_.fragment(item.first_fragment + first_row / kFragmentRows);
+      if (mine >= steps_) {
+        index = words.x + mine - steps_;
+        row = first_row;
+      }
+      steps_ += words.y;
     }
-    const int32_t first = block == 0 ? first_step_[0] : first_step_[Config::kRowBlocks - 1];
-    const Item chain{.first_entry = first_entry_, .head_offset = 0};
-    mine_ = load_step(tables_, params_, first + index, chain, block * kBlockRows + first_row_);
-    mine_.rows |= Slice::pack(0, 0, block) >> 8;
+    if (mine >= steps_) return;
+    mine_ = load_step(tables_, params_, index, item, row);
+    mine_.rows |= row / kBlockRows << 16;  // the block, as in a word of Slice less its tokens
   }
 
   const DecodeParams& params_;
   const Tables& tables_;
+  StagedSlots& staged_;
+  const int32_t piece_, lane_;
+  const int32_t first_;  // token in a tile that this warp brings, and row in a block that it owns
+
   SlotWalk walk_;
-  const int32_t lane_;
+  int32_t position_;  // in the shared run: of lane 0's next token
   const int32_t tokens_;
-  int32_t position_, tiles_left_;  // shared run: of lane 0's next token
 
-  const int32_t first_entry_, first_row_;
-  int32_t first_step_[Config::kRowBlocks] = {}, num_steps_[Config::kRowBlocks] = {};
-  Step mine_{};                                               // step batch_ + lane
-  int32_t batch_ = 0, step_ = 0;                              // step_: the one after the current
-  int32_t from_ = 0, length_ = 0, offset_ = 0, owners_ = 0;  // the current step
+  Step mine_{};                           // step step_ / 32 * 32 + lane
+  int32_t step_ = 0, steps_ = 0;          // the next one; of all the warp's fragments
+  int32_t from_, left_ = 0, owners_ = 0;  // what is left of the current one
 
-  int32_t slot_ = 0, slice_ = Slice::kEnd;
-  int32_t next_slot_ = 0, next_slice_ = Slice::kEnd;
+  int32_t slice_, next_slot_ = 0, next_slice_;
 };
 
 }  // namespace pat
