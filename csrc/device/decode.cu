@@ -20,6 +20,8 @@ namespace {
 /// Wide tiles are bound by tensor cores, narrow ones by memory. Where the wide ones fill the GPU, half
 /// the blocks start with the narrow ones, so that the two overlap; a few wide pieces go first, so
 /// that none of them is left to the end.
+/// NOTE: the widest tile never comes after the one of 64 rows: on Hopper the halves of a block, which
+/// part for that one, could not tell each other's barrier phases any more.
 template <typename Stage>
 __device__ __forceinline__ void for_each_tile(const DecodeParams& params, const Tables& tables,
                                               const Stage& stage) {
@@ -31,7 +33,7 @@ __device__ __forceinline__ void for_each_tile(const DecodeParams& params, const 
   const bool wide_first = !overlap || blockIdx.x < gridDim.x / 2;
 #pragma unroll 1
   for (int i = 0; i < kNumTiles; ++i) {
-    switch (wide_first ? kNumTiles - 1 - i : i) {
+    switch (wide_first ? kNumTiles - 1 - i : (kNumTiles - i) % kNumTiles) {
       case 0:
         stage.template operator()<0>();
         break;
