@@ -35,7 +35,8 @@ KEY = ("kind", "tree", "heads")
 
 
 def _search(wall: int, chain_rows: tuple[int, ...], tiles: tuple[int, ...]) -> Search:
-    return Search(bool(chain_rows), (wall,), chain_rows or (128, 64, 16), tiles)
+    chains = bool(chain_rows)
+    return Search(chains, (wall,), chain_rows or (128, 64, 16), tiles, without_chains=not chains)
 
 
 def sweep() -> list[Option]:

@@ -13,6 +13,7 @@ from strategies import CHAINY
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
 from pat_sglang.host import HostPlanner
+from pat_sglang.packing import Search
 from pat_sglang.reference import attention
 
 GEOMETRIES = [(4, 4, 16), (6, 2, 16), (5, 1, 8), (16, 1, 8)]
@@ -61,7 +62,8 @@ def chain_planner_for(geometry, num_sms=1):
     """A planner that makes chains wherever it can, and cuts the less the fewer SMs there are."""
     planner = planner_for(geometry, sharing="on")
     host = planner.host
-    planner.host = HostPlanner(host.shape, replace(CHAINY, num_sms=num_sms), host.capacity)
+    model, search = replace(CHAINY, num_sms=num_sms), Search(without_chains=False)
+    planner.host = HostPlanner(host.shape, model, host.capacity, native=False, search=search)
     return planner
 
 
