@@ -46,15 +46,13 @@ class ItemAttention {
     // This lane's 16-byte chunk of every row of K and V.
     column_ = (kv_head * kHeadDim + lane_ % kRowChunks * 8) * sizeof(Element);
     Stream<Config> stream(params_, tables_, item, piece, mailbox_.slots, warp_, lane_);
-    bool drawn = false;
-    int32_t next = 0;
+    int32_t next = -1;  // not drawn yet
     // One ring step of the stream: K of a slice, then V of it.
     auto issue = [&](int32_t stage, bool is_v) __attribute__((always_inline)) {
       if (!stream.over()) {
         load_slice(stage, is_v, Slice::valid(stream.slice()));
-      } else if (!drawn) {
+      } else if (next < 0) {
         next = draw();
-        drawn = true;
       }
       if (!is_v) {
         if (lane_ == 0) mailbox_.slices[stage] = stream.slice();
@@ -98,7 +96,7 @@ class ItemAttention {
 #pragma unroll
         for (int b = 0; b < Config::kRowBlocks; ++b) write(rows_[b], piece, b);
         ptx::cp_async_wait<0>();
-        return drawn ? next : draw();
+        return next < 0 ? draw() : next;
       }
     }
 
@@ -124,7 +122,7 @@ class ItemAttention {
     }
     ptx::cp_async_wait<0>();
     __syncwarp();  // the next item's loads overwrite what slower lanes may still read
-    return drawn ? next : draw();
+    return next < 0 ? draw() : next;
   }
 
  private:
@@ -199,8 +197,8 @@ class ItemAttention {
 template <typename Config>
 __device__ void drain(const DecodeParams& params, const Tables& tables, uint32_t shared,
                       Mailbox (&mailboxes)[kWarps], int32_t& drawn) {
-  const int32_t pieces = tables.header(kHeaderItemCount + Config::kTile) * params.num_kv_heads;
-  if (pieces == 0) return;
+  const auto items = [&] { return tables.header(kHeaderItemCount + Config::kTile); };
+  if (items() == 0) return;
   const bool leader = threadIdx.x % (Config::kWide ? kThreads : 32) == 0;
   const auto draw = [&] { return leader ? atomicAdd(params.counters + Config::kTile, 1) : 0; };
   // Of the unit's leader, for all of it.
@@ -217,7 +215,7 @@ __device__ void drain(const DecodeParams& params, const Tables& tables, uint32_t
   };
   ItemAttention<Config> attention(params, tables, shared, mailboxes);
   int32_t piece = share(draw());
-  while (piece < pieces) piece = share(attention.run(piece, draw));
+  while (piece < items() * params.num_kv_heads) piece = share(attention.run(piece, draw));
 }
 
 }  // namespace pat

@@ -30,9 +30,7 @@ class Stream {
         piece_(piece),
         lane_(lane),
         first_(Config::kWide ? warp * kSliceTokens : 0),
-        walk_(item),
-        position_(first_),
-        tokens_(item.tokens()) {
+        shared_{SlotWalk(item), first_, item.tokens()} {
     fetch();
     advance();
   }
@@ -54,53 +52,61 @@ class Stream {
 
  private:
   __device__ __forceinline__ void fetch() {
-    if (position_ - first_ < tokens_) {
-      const int32_t valid = min(max(tokens_ - position_, 0), kSliceTokens);
-      if (lane_ < valid) next_slot_ = walk_.slot(tables_, params_.slots, position_ + lane_);
-      position_ += Config::kTokens;
-      next_slice_ = Slice::pack(valid, Slice::kAllRows, 0);
-      return;
+    if (!is_private_) {
+      const int32_t position = shared_.position;
+      if (position - first_ < shared_.tokens) {
+        const int32_t valid = min(max(shared_.tokens - position, 0), kSliceTokens);
+        if (lane_ < valid) {
+          next_slot_ = shared_.walk.slot(tables_, params_.slots, position + lane_);
+        }
+        shared_.position = position + Config::kTokens;
+        next_slice_ = Slice::pack(valid, Slice::kAllRows, 0);
+        return;
+      }
+      is_private_ = true;
+      private_ = {};
     }
-    while (left_ <= 0) {
-      if (step_ % 32 == 0) load_steps();
-      if (step_ == steps_) {
+    while (private_.left <= 0) {
+      if (private_.step % 32 == 0) load_steps();
+      if (private_.step == private_.steps) {
         next_slice_ = Slice::kEnd;
         return;
       }
-      from_ = __shfl_sync(0xffffffffu, mine_.slot, step_ % 32);
-      left_ = __shfl_sync(0xffffffffu, mine_.length, step_ % 32);
-      owners_ = __shfl_sync(0xffffffffu, mine_.rows, step_ % 32);
-      ++step_;
+      const int from = private_.step % 32;
+      private_.from = __shfl_sync(0xffffffffu, private_.mine.slot, from);
+      private_.left = __shfl_sync(0xffffffffu, private_.mine.length, from);
+      private_.owners = __shfl_sync(0xffffffffu, private_.mine.rows, from);
+      ++private_.step;
     }
-    const int32_t valid = min(left_, kSliceTokens);
-    if (lane_ < valid) next_slot_ = __ldg(params_.slots + from_ + lane_);
-    from_ += kSliceTokens;
-    left_ -= kSliceTokens;
-    next_slice_ = Slice::pack(valid, owners_, 0);
+    const int32_t valid = min(private_.left, kSliceTokens);
+    if (lane_ < valid) next_slot_ = __ldg(params_.slots + private_.from + lane_);
+    private_.from += kSliceTokens;
+    private_.left -= kSliceTokens;
+    next_slice_ = Slice::pack(valid, private_.owners, 0);
   }
 
-  /// Lane l reads step step_ + l, the first block's steps before the second's: one latency for up to
+  /// Lane l reads step `step` + l, the first block's steps before the second's: one latency for up to
   /// 32 steps.
   __device__ __forceinline__ void load_steps() {
     const Item item = load_piece<Config>(params_, tables_, piece_);
     if (item.first_fragment < 0) return;
-    const int32_t mine = step_ + lane_;
+    const int32_t mine = private_.step + lane_;
     int32_t index = 0, row = 0;
-    steps_ = 0;
+    private_.steps = 0;
 #pragma unroll
     for (int b = 0; b < Config::kRowBlocks; ++b) {
       const int32_t first_row = b * kBlockRows + first_;
       if (first_row >= item.query_rows) break;
       const int2 words = tables_.fragment(item.first_fragment + first_row / kFragmentRows);
-      if (mine >= steps_) {
-        index = words.x + mine - steps_;
+      if (mine >= private_.steps) {
+        index = words.x + mine - private_.steps;
         row = first_row;
       }
-      steps_ += words.y;
+      private_.steps += words.y;
     }
-    if (mine >= steps_) return;
-    mine_ = load_step(tables_, params_, index, item, row);
-    mine_.rows |= row / kBlockRows << 16;  // the block, as in a word of Slice less its tokens
+    if (mine >= private_.steps) return;
+    private_.mine = load_step(tables_, params_, index, item, row);
+    private_.mine.rows |= row / kBlockRows << 16;  // a word of Slice, less its tokens
   }
 
   const DecodeParams& params_;
@@ -109,13 +115,21 @@ class Stream {
   const int32_t piece_, lane_;
   const int32_t first_;  // token in a tile that this warp brings, and row in a block that it owns
 
-  SlotWalk walk_;
-  int32_t position_;  // in the shared run: of lane 0's next token
-  const int32_t tokens_;
-
-  Step mine_{};                           // step step_ / 32 * 32 + lane
-  int32_t step_ = 0, steps_ = 0;          // the next one; of all the warp's fragments
-  int32_t from_, left_ = 0, owners_ = 0;  // what is left of the current one
+  // One after the other, in the same registers.
+  struct SharedRun {
+    SlotWalk walk;
+    int32_t position, tokens;  // position: of lane 0's next token
+  };
+  struct PrivateRuns {
+    Step mine;                   // this lane's of a batch of 32
+    int32_t step, steps;         // the next one; of all the warp's fragments
+    int32_t from, left, owners;  // what is left of the current one
+  };
+  union {
+    SharedRun shared_;
+    PrivateRuns private_;
+  };
+  bool is_private_ = false;
 
   int32_t slice_, next_slot_ = 0, next_slice_;
 };
