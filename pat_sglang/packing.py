@@ -24,7 +24,8 @@ Packs are ordered: shared packs (plain or chain) by segment, then tail packs by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import NamedTuple
 
 from .cost import ALL_TILES, FRAGMENT_ROWS, ITEM_WARPS, TILES, CostModel, tiles_of
@@ -38,6 +39,7 @@ CHUNK_ALIGN = 32
 PART_SCALES = (1, 4, 16, 64)  # price of partials, raised until a plan fits the workspace
 WALL_EIGHTHS = (0, 16, 8, 4, 2, 1)  # tried limits of a work item's solo time, in 1/8 of the mean
 NO_LIMIT = 1 << 100  # ps; eighths 0
+PIECES_PER_SM = (8, 2, 1)  # work items of each tile that an SM computes side by side
 MAX_HORIZON = 256  # tokens
 
 
@@ -201,6 +203,58 @@ def longest_warp(tree: SegmentTree, fragments: list[list[Step]]) -> int:
     return max(of_warp)
 
 
+class Load(NamedTuple):
+    """Equal work items, for one KV head.
+
+    Attributes:
+        tile: tile index.
+        items: their number.
+        solo_ps: solo time of the longest.
+        work_ps: SM time of all of them, with their partials.
+    """
+
+    tile: int
+    items: int
+    solo_ps: int
+    work_ps: int
+
+
+def _bucket(solo_ps: int) -> int:
+    """Quarter octave of a solo time, ascending."""
+    x = max(solo_ps, 8)
+    bits = x.bit_length()
+    return 4 * bits + (x >> (bits - 3) & 3)
+
+
+def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
+    """Time (ps) in which the GPU is done with all work items, longest first, for every KV head.
+
+    A bound of list scheduling. No plan is faster than its SM time spread over all SMs. And an item
+    ends no later than it starts, plus its solo time. It starts at once if it fits on the GPU
+    beside all that are as long or longer; else when the work of those before it is spread over
+    the SMs. Adding the longest solo time to the mean of all work instead would be right only if
+    the longest item started last: much too pessimistic for long items that start first.
+
+    To be spared a sort, items are as long as each other if their solo times are in the same quarter
+    octave; the last of them then starts behind all the others, and is the longest.
+    """
+    buckets: dict[int, list[Load]] = {}
+    for load in loads:
+        buckets.setdefault(_bucket(load.solo_ps), []).append(load)
+    # Eighths of an SM; a bucket with all that are longer.
+    eighths = work_ps = end_ps = 0
+    for _, bucket in sorted(buckets.items(), reverse=True):
+        of_bucket_ps = sum(load.work_ps for load in bucket)
+        work_ps += of_bucket_ps
+        eighths += sum(load.items * 8 // PIECES_PER_SM[load.tile] for load in bucket)
+        start_ps = 0
+        if eighths * num_kv_heads > 8 * num_sms:
+            last_ps = of_bucket_ps // sum(load.items for load in bucket)
+            start_ps = (work_ps * num_kv_heads - last_ps) // num_sms
+        end_ps = max(end_ps, start_ps + max(load.solo_ps for load in bucket))
+    return max(work_ps * num_kv_heads // num_sms, end_ps)
+
+
 class _Pricer:
     """Integer cost of packs under one price of partials."""
 
@@ -208,7 +262,8 @@ class _Pricer:
         self.group = shape.group_size
         self.model = model
         self.tiles = search.tiles
-        self.part_ps = model.part_ps * part_scale * self.group  # one part of one row
+        self.query_part_ps = model.part_ps * part_scale  # one part of one query row
+        self.part_ps = self.query_part_ps * self.group  # one part of one row
         most = TILES[search.tiles[-1]].rows
         caps = [rows // self.group for rows in search.chain_rows if rows <= most]
         if shape.sharing == "on":  # an item of one row would share nothing
@@ -413,19 +468,25 @@ class _Split:
 
     packs: list[Pack]
     cuts: list[Cut]
-    work_ps: int = 0  # SM time of all items
-    wall_ps: int = 0  # solo time of the longest item
+    loads: list[Load] = field(default_factory=list)
     parts: int = 0
-    items: int = 0
+
+    @property
+    def work_ps(self) -> int:
+        """SM time of all work items."""
+        return sum(load.work_ps for load in self.loads)
+
+    @property
+    def items(self) -> int:
+        """Work items."""
+        return sum(load.items for load in self.loads)
 
     def add(self, other: _Split) -> None:
         """Packs behind those that are there."""
         self.packs += other.packs
         self.cuts += other.cuts
-        self.work_ps += other.work_ps
-        self.wall_ps = max(self.wall_ps, other.wall_ps)
+        self.loads += other.loads
         self.parts += other.parts
-        self.items += other.items
 
 
 class _Splitter:
@@ -464,19 +525,27 @@ class _Splitter:
             result.add(self._plain(pack, limit_ps))
         return result
 
-    def _add_chunks(self, result: _Split, rows: int, chunks: int, longest: int, sum_: int) -> None:
-        """Chunks of a plain pack: ``sum_`` tokens in all, at most ``longest`` each."""
-        pricer = self.pricer
-        kinds = pricer.kinds(rows)
-        result.items += len(kinds) * chunks
-        result.work_ps += chunks * pricer.item(rows) + sum_ * pricer.token(rows)
-        solo_ps = pricer.model.solo_item_ps[kinds[0]]
-        solo_ps += longest * pricer.model.solo_token_ps[kinds[0]]
-        result.wall_ps = max(result.wall_ps, solo_ps)
+    def _add_chunks(
+        self, result: _Split, rows: int, chunks: int, chunk: int, tokens: int, has_parts: bool
+    ) -> None:
+        """Chunks of a plain pack: ``tokens`` in all; the last is taken for as long as the others.
 
-    def _add_parts(self, result: _Split, parts: int) -> None:
-        result.parts += parts
-        result.work_ps += parts * self.pricer.part_ps
+        Items of the same tile are one load. The first tile of all reads device memory.
+        """
+        pricer, model = self.pricer, self.pricer.model
+        query_rows = rows * pricer.group
+        for number, (kind, same) in enumerate(groupby(pricer.kinds(rows))):
+            tiles = len(list(same))
+            in_tiles = min(query_rows, tiles * TILES[kind].rows)
+            query_rows -= in_tiles
+            token_ps = tiles * model.reread_ps[kind]
+            if number == 0:
+                token_ps += model.token_ps[kind] - model.reread_ps[kind]
+            work_ps = chunks * tiles * model.item_ps[kind] + tokens * token_ps
+            work_ps += chunks * in_tiles * pricer.query_part_ps if has_parts else 0
+            solo_ps = model.solo_item_ps[kind] + chunk * model.solo_token_ps[kind]
+            result.loads.append(Load(kind, chunks * tiles, solo_ps, work_ps))
+        result.parts += rows * chunks if has_parts else 0
 
     def _plain(self, pack: Pack, limit_ps: int) -> _Split:
         """A pack that is no chain."""
@@ -485,9 +554,8 @@ class _Splitter:
         if pack.is_tail and chunks > 1:  # cut the horizon as well, empty at first
             chunks = -(-(tokens + self.horizon) // chunk)
         result = _Split([pack], [Cut(chunk, chunks)])
-        self._add_chunks(result, rows, chunks, chunk, tokens)
-        if not (pack.is_tail and pack.start == 0 and chunks == 1):  # else: written directly
-            self._add_parts(result, rows * chunks)
+        is_direct = pack.is_tail and pack.start == 0 and chunks == 1
+        self._add_chunks(result, rows, chunks, chunk, tokens, not is_direct)
         return result
 
     def _chain(self, pack: Pack, separated: frozenset[int], limit_ps: int) -> _Split:
@@ -514,17 +582,15 @@ class _Splitter:
         result = _Split([pack], [Cut(chunk, chunks, rows_per_item, separated)])
         above = (chunks - 1) * chunk  # tokens of the plain chunks
         if chunks > 1:
-            self._add_chunks(result, rows, chunks - 1, chunk, above)
-            self._add_parts(result, rows * (chunks - 1))
-        has_parts = chunks > 1 or pack.start > 0
-        self._add_parts(result, rows if has_parts else len(separated))
-        result.items += num_items
+            self._add_chunks(result, rows, chunks - 1, chunk, above, True)
+        parts = rows if chunks > 1 or pack.start > 0 else len(separated)
         token_ps = model.token_ps[kind] + (num_items - 1) * model.reread_ps[kind]
-        result.work_ps += num_items * model.item_ps[kind] + (tokens - above) * token_ps
-        result.work_ps += step_work_ps
+        work_ps = num_items * model.item_ps[kind] + (tokens - above) * token_ps
+        work_ps += step_work_ps + parts * pricer.part_ps
         solo_ps = model.solo_item_ps[kind] + (tokens - above) * model.solo_token_ps[kind]
         solo_ps += private * model.solo_token_ps[0]
-        result.wall_ps = max(result.wall_ps, solo_ps)
+        result.loads.append(Load(kind, num_items, solo_ps, work_ps))
+        result.parts += parts
         return result
 
     def _steps(self, pack: Pack, rows_per_item: int, separated: frozenset[int]) -> tuple[int, int]:
@@ -554,10 +620,8 @@ def choose_split(
 ) -> tuple[int, _Split] | None:
     """Best of a few limits on the solo time of a work item: (predicted ps, split).
 
-    Predicted time: SM time of everything spread over all SMs, plus the solo time of the longest
-    item, since the last one to start starts before the mean and then runs alone. None: no cut fits
-    the workspace. The limits are fractions of the mean time of an SM when nothing is cut and
-    partials are free.
+    None: no cut fits the workspace. The limits are fractions of the mean time of an SM when
+    nothing is cut and partials are free.
     """
     model = pricer.model
     below = pricer.steps_below(tree)
@@ -575,7 +639,7 @@ def choose_split(
         split = splitter.split(packs, mean_ps * eighths // 8 if eighths else NO_LIMIT)
         if split.parts > shape.max_parts or split.items > shape.max_items:
             continue
-        predicted = split.work_ps * shape.num_kv_heads // model.num_sms + split.wall_ps
+        predicted = predict(split.loads, shape.num_kv_heads, model.num_sms)
         if best is None or predicted < best[0]:
             best = (predicted, split)
     return best

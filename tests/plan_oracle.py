@@ -7,6 +7,7 @@ the names of the header words.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -231,6 +232,43 @@ def check_plan(
     assert tokens == header[layout.H_PLANNED_TOKENS]
 
 
+class Load(NamedTuple):
+    """Work items of one tile of one pack, for one KV head."""
+
+    tile: int
+    items: int
+    solo_ps: int
+    work_ps: int
+
+
+def bound_ps(loads: list[Load], setup: Setup) -> int:
+    """When the last item ends: all that are as long as an item, or longer, start before it.
+
+    As long as it: the same octave of the solo time, and the same quarter of it. What fits on the
+    GPU side by side starts at once: 8, 2 or 1 items of the three tiles on each SM.
+    """
+    heads, num_sms = setup.shape.num_kv_heads, setup.model.num_sms
+
+    def length(load: Load) -> tuple[int, int]:
+        octave = 3
+        while 2 ** (octave + 1) <= load.solo_ps:
+            octave += 1
+        return octave, 4 * max(load.solo_ps - 2**octave, 0) // 2**octave
+
+    end = sum(load.work_ps for load in loads) * heads // num_sms
+    for of in {length(load) for load in loads}:
+        same = [load for load in loads if length(load) == of]
+        first = [load for load in loads if length(load) >= of]
+        start = 0
+        if sum(Fraction(load.items * heads, (8, 2, 1)[load.tile]) for load in first) > num_sms:
+            work = sum(load.work_ps for load in same) * heads
+            last = work // (sum(load.items for load in same) * heads)
+            before = sum(load.work_ps for load in first) * heads
+            start = (before - last) // num_sms
+        end = max(end, start + max(load.solo_ps for load in same))
+    return end
+
+
 def predicted_ps(words: np.ndarray, batch: Batch, setup: Setup) -> int:
     """Time of a plan under a cost model, from the items in its words."""
     model, group = setup.model, setup.shape.group_size
@@ -249,34 +287,59 @@ def predicted_ps(words: np.ndarray, batch: Batch, setup: Setup) -> int:
             chunks.append([])
         chunks[-1].append(i)
         run, end = (*items[i][3:8], items[i][8] >= 0), begin + items[i][2]
-    work = header[layout.H_PARTS] * group * model.part_ps
-    wall = 0
+    # Chunks of a pack are side by side. The last is shorter; then come those for the growth.
+    entries = split_tables(words)["ENTRIES"]
+    packs: list[list[list[int]]] = []
+    before: tuple[list[int], bool] | None = None
+    of_pack = of_last = 0  # tokens of the first chunk, and of the last so far
     for of_chunk in chunks:
-        first, *others = of_chunk
-        is_chain = items[first][8] >= 0
-        # All items of a chain are priced by the tile of its first one.
-        kind_of = {i: kinds[first] if is_chain else kinds[i] for i in of_chunk}
-        shared = reads_of[first][0].names.size
-        work += sum(model.item_ps[kind_of[i]] for i in of_chunk)
-        work += shared * model.token_ps[kinds[first]]
-        work += shared * sum(model.reread_ps[kind_of[i]] for i in others)
-        private, seen = 0, set()
-        for i in of_chunk if is_chain else ():
-            private = max(private, weight(reads_of[i]) - shared)
-            numbers = [
-                n
-                for f in range(items[i][8], items[i][8] - (-items[i][2] // 16))
-                for n in range(fragments[f][0], sum(fragments[f]))
-            ]
-            for n, read in zip(numbers, reads_of[i][1:], strict=True):
-                again = steps[n][0] in seen
-                seen.add(steps[n][0])
-                work += read.names.size * (model.reread_ps if again else model.token_ps)[0]
-                work += model.step_ps
+        first, last = items[of_chunk[0]], items[of_chunk[-1]]
+        end_entry = -(-(last[0] * group + last[1] + last[2]) // group)
+        rows = [row for row, _ in entries[first[0] : end_entry]]
+        key, tokens = (rows, first[8] >= 0), reads_of[of_chunk[0]][0].names.size
+        if key != before or tokens > of_pack or (tokens > 0 and of_last < of_pack):
+            packs.append([])
+            before, of_pack = key, tokens
+        packs[-1].append(of_chunk)
+        of_last = tokens
+
+    query_rows = query_rows_of_items(words, group)
+    loads: list[Load] = []
+    for of_pack_chunks in packs:
+        longest = max(reads_of[of_chunk[0]][0].names.size for of_chunk in of_pack_chunks)
+        is_chain = items[of_pack_chunks[0][0]][8] >= 0
+        assert not is_chain or len(of_pack_chunks) == 1
+        counts, works, private, seen = [0] * 3, [0] * 3, 0, set()
+        for of_chunk in of_pack_chunks:
+            for i in of_chunk:
+                # All items of a chain are priced by the tile of its first one.
+                kind = kinds[of_chunk[0]] if is_chain else kinds[i]
+                shared = reads_of[i][0].names.size
+                counts[kind] += 1
+                works[kind] += model.item_ps[kind] + model.part_ps * sum(
+                    part >= 0 for _, _, part in query_rows[i]
+                )
+                a_token = model.token_ps if i == of_chunk[0] else model.reread_ps
+                works[kind] += shared * a_token[kind]
+                if not is_chain:
+                    continue
+                private = max(private, weight(reads_of[i]) - shared)
+                numbers = [
+                    n
+                    for f in range(items[i][8], items[i][8] - (-items[i][2] // 16))
+                    for n in range(fragments[f][0], sum(fragments[f]))
+                ]
+                for n, read in zip(numbers, reads_of[i][1:], strict=True):
+                    step_ps = model.reread_ps if steps[n][0] in seen else model.token_ps
+                    seen.add(steps[n][0])
+                    works[kind] += read.names.size * step_ps[0] + model.step_ps
         assert seen or not is_chain, "a chain without a step"
-        solo = model.solo_item_ps[kinds[first]] + shared * model.solo_token_ps[kinds[first]]
-        wall = max(wall, solo + private * model.solo_token_ps[0])
-    return int(work * setup.shape.num_kv_heads // model.num_sms + wall)
+        for kind in range(3):
+            solo = model.solo_item_ps[kind] + longest * model.solo_token_ps[kind]
+            if counts[kind]:
+                solo += private * model.solo_token_ps[0]
+                loads.append(Load(kind, counts[kind], solo, works[kind]))
+    return bound_ps(loads, setup)
 
 
 class ChainCut(NamedTuple):
@@ -310,13 +373,26 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
         chunk = -(-even // 32) * 32
         return chunk, -(-tokens // chunk)
 
-    def plain(of: int, tokens: int, chunks: int) -> int:
-        first, *others = tiles(of * group)
-        a_token = model.token_ps[first] + sum(model.reread_ps[k] for k in others)
-        return chunks * sum(model.item_ps[k] for k in [first, *others]) + tokens * a_token
+    def plain(of: int, tokens: int, chunk: int, chunks: int, parts: bool = True) -> list[Load]:
+        kinds, left, loads = tiles(of * group), of * group, []
+        for kind in sorted(set(kinds)):
+            same = kinds.count(kind)
+            a_token = same * model.reread_ps[kind]
+            if kinds[0] == kind:
+                a_token += model.token_ps[kind] - model.reread_ps[kind]
+            below = [TILE_ROWS[k] for k in kinds if k > kind]
+            number = min(left - sum(below), same * TILE_ROWS[kind]) * parts
+            work = chunks * (same * model.item_ps[kind] + number * model.part_ps)
+            solo = model.solo_item_ps[kind] + chunk * model.solo_token_ps[kind]
+            loads.append(Load(kind, chunks * same, solo, work + tokens * a_token))
+        return loads
+
+    def sum_of(loads: list[Load]) -> int:
+        return sum(load.work_ps for load in loads)
 
     # The limit: a part of the mean time of an SM if the chain were one item.
-    base = plain(rows, shared, 1) + sum(tails) * model.token_ps[0] + rows * model.step_ps
+    base = sum_of(plain(rows, shared, shared, 1, parts=False))
+    base += sum(tails) * model.token_ps[0] + rows * model.step_ps
     for node in range(1, len(batch.depth)):
         of_node = sum(node in path for path in batch.path_of_row)
         fragments = -(-of_node * group // 16)
@@ -325,7 +401,7 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
     limit = base * heads // model.num_sms * eighths // 8 if eighths else 10**18
     room = [max(limit // ps, 64) for ps in model.solo_token_ps]
 
-    # Work, wall and whether it is within the limit, for a number of rows an item.
+    # Loads and whether the steps are within the limit, for a number of rows an item.
     separated = {row for row, tail in enumerate(tails) if tail > room[0]}
     own = [
         {("node", n): int(batch.forest.length[n]) for n in batch.path_of_row[row][1:]}
@@ -333,7 +409,7 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
         for row in range(rows)
     ]
 
-    def chain(rows_per_item: int) -> tuple[int, int, bool]:
+    def chain(rows_per_item: int) -> tuple[list[Load], bool]:
         work, private, seen = 0, 0, set()
         for first in range(0, rows, rows_per_item):
             query_rows = np.repeat(range(first, min(first + rows_per_item, rows)), group).tolist()
@@ -350,19 +426,15 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
             private = max(private, *of_warp)
         (kind,) = tiles(min(rows_per_item, rows) * group)
         chunk, chunks = cut(shared, room[kind])
-        last, wall = shared - (chunks - 1) * chunk, 0
-        if chunks > 1:
-            work += plain(rows, shared - last, chunks - 1)
-            widest = tiles(rows * group)[0]
-            wall = model.solo_item_ps[widest] + chunk * model.solo_token_ps[widest]
+        last = shared - (chunks - 1) * chunk
+        loads = plain(rows, shared - last, chunk, chunks - 1) if chunks > 1 else []
         items = -(-rows // rows_per_item)
         work += items * model.item_ps[kind]
         work += last * (model.token_ps[kind] + (items - 1) * model.reread_ps[kind])
-        parts = rows * chunks if chunks > 1 else len(separated)
-        work += parts * group * model.part_ps
+        work += (rows if chunks > 1 else len(separated)) * group * model.part_ps
         solo = model.solo_item_ps[kind] + last * model.solo_token_ps[kind]
-        wall = max(wall, solo + private * model.solo_token_ps[0])
-        return work, wall, private * model.solo_token_ps[0] <= limit
+        private_ps = private * model.solo_token_ps[0]
+        return [*loads, Load(kind, items, solo + private_ps, work)], private_ps <= limit
 
     if any(own):
         tries = [rows // group for rows in (128, 64, 16) if rows >= group]
@@ -372,18 +444,15 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
             while tries[-1] > 1:
                 tries.append(tries[-1] // 2)
         cuts = {m: chain(m) for m in tries}
-        within = [m for m in tries if cuts[m][2]] or tries[-1:]
-        chosen = min(within, key=lambda m: (cuts[m][0], -m))
-        work, wall, _ = cuts[chosen]
+        within = [m for m in tries if cuts[m][1]] or tries[-1:]
+        chosen = min(within, key=lambda m: (sum_of(cuts[m][0]), -m))
+        loads = cuts[chosen][0]
     else:
-        widest, chosen = tiles(rows * group)[0], 0
-        chunk, chunks = cut(shared, room[widest])
-        work = plain(rows, shared, chunks) + rows * chunks * group * model.part_ps
-        wall = model.solo_item_ps[widest] + chunk * model.solo_token_ps[widest]
+        chosen = 0
+        chunk, chunks = cut(shared, room[tiles(rows * group)[0]])
+        loads = plain(rows, shared, chunk, chunks)
     for row in separated:
         chunk, chunks = cut(tails[row], room[tiles(group)[0]])
         chunks = -(-(tails[row] + horizon) // chunk) if chunks > 1 else 1
-        work += plain(1, tails[row], chunks) + chunks * group * model.part_ps
-        kind = tiles(group)[0]
-        wall = max(wall, model.solo_item_ps[kind] + chunk * model.solo_token_ps[kind])
-    return ChainCut(chosen, separated, work * heads // model.num_sms + wall)
+        loads += plain(1, tails[row], chunk, chunks)
+    return ChainCut(chosen, separated, bound_ps(loads, setup))

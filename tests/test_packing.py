@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import plan_oracle
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
@@ -31,11 +32,13 @@ from pat_sglang.layout import capacity_for, lay_out
 from pat_sglang.packing import (
     MAX_HORIZON,
     WALL_EIGHTHS,
+    Load,
     Pack,
     Packing,
     Search,
     Shape,
     pack_rows,
+    predict,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -322,6 +325,38 @@ def test_short_root_is_taken_along_by_the_groups_below() -> None:
     check_plan(words, batch, 4)
 
 
+# With 10 SMs; loads are (tile, items, solo ps, SM time of all items).
+@pytest.mark.parametrize(
+    ("loads", "heads", "wanted"),
+    [
+        ([], 1, 0),
+        ([(2, 10, 500, 1000)], 1, 500),  # one a SM, all at once
+        ([(2, 11, 500, 1100)], 1, (1100 - 100) // 10 + 500),  # the last waits
+        ([(2, 5, 500, 500)], 2, 500),  # five items of two KV heads
+        ([(2, 6, 500, 600)], 2, (1200 - 100) // 10 + 500),
+        ([(1, 20, 500, 1000)], 1, 500),  # two a SM
+        ([(0, 80, 500, 1000)], 1, 500),  # eight a SM
+        ([(0, 81, 500, 810)], 1, (810 - 10) // 10 + 500),
+        ([(2, 10, 500, 9000)], 1, 900),  # never faster than all work spread over the SMs
+        # Shorter items wait for longer ones, longer ones for none: 448 and 511 are of one bucket.
+        ([(2, 10, 512, 1000), (2, 10, 511, 1000)], 1, (2000 - 100) // 10 + 511),
+        ([(2, 10, 100, 1000), (2, 10, 512, 1000)], 1, 512),
+        ([(2, 10, 511, 1000), (2, 10, 448, 2000)], 1, (3000 - 150) // 10 + 511),
+        ([(2, 10, 511, 1000), (2, 10, 447, 2000)], 1, (3000 - 200) // 10 + 447),
+        ([(2, 9, 900, 900), (1, 2, 500, 100)], 1, 900),  # two share the SM that is left
+        ([(2, 9, 900, 900), (1, 3, 500, 9000)], 1, (9900 - 3000) // 10 + 500),
+        ([(0, 80, 1, 80), (0, 80, 9, 80)], 1, (160 - 1) // 10 + 9),  # up to 9 ps one bucket
+    ],
+)
+def test_items_start_at_once_or_behind_the_longer_ones(
+    loads: list[tuple[int, int, int, int]], heads: int, wanted: int
+) -> None:
+    assert predict([Load(*load) for load in loads], heads, num_sms=10) == wanted
+    of_oracle = [plan_oracle.Load(*load) for load in reversed(loads)]
+    setup = generous(make_batch([], [], [], []), heads=heads, model=replace(ROUND, num_sms=10))
+    assert plan_oracle.bound_ps(of_oracle, setup) == wanted
+
+
 # Round numbers, so that the prices below can be added up by hand.
 ROUND = CostModel(
     num_sms=1, item_ps=(10, 20, 30), token_ps=(3, 3, 3), reread_ps=(1, 1, 1),
@@ -344,8 +379,8 @@ def test_a_chain_leaves_no_partial() -> None:
     assert words[layout.H_PARTS] == words[layout.H_MERGE_ROWS] == 0
     assert words[layout.H_PLANNED_TOKENS] == 640 + 64 + 4 * 10 + 4 * 20
     work = 20 + 640 * 3 + (64 + 40 + 80) * 3 + 9 * 7
-    wall = 200 + 640 * 2 + (64 + 40) * 5
-    assert packing_of(batch, setup).predicted_ps == work + wall
+    solo = 200 + 640 * 2 + (64 + 40) * 5
+    assert packing_of(batch, setup).predicted_ps == max(work, solo) == work
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 40, 64])
@@ -361,8 +396,9 @@ def test_forced_chains_do_share(group: int) -> None:
 
 def test_a_chain_gives_way_to_items_side_by_side() -> None:
     # A chain saves partials, worth their price on one SM; on many SMs a tail is read meanwhile.
+    # Either way all items start at once.
     batch = make_batch([-1], [100], [0, 0], [200, 200])
-    for num_sms, wall in ((1, 100 + 100 * 5 + 200 * 5), (1000, 100 + 100 * 5)):
+    for num_sms, solo in ((1, 100 + 100 * 5 + 200 * 5), (1000, 100 + 100 * 5)):
         model = replace(ROUND, num_sms=num_sms)
         setup = generous(batch, group=1, heads=1, sharing="on", model=model)
         uncut = Search(wall_eighths=(0,))
@@ -372,7 +408,7 @@ def test_a_chain_gives_way_to_items_side_by_side() -> None:
         parts = 0 if has_chains else 4
         items, steps = (1, 2) if has_chains else (3, 0)
         work = items * 10 + 300 * 3 + parts * 1000 + steps * 7
-        assert packing.predicted_ps == work // num_sms + wall
+        assert packing.predicted_ps == max(work // num_sms, solo) == solo
         check_plan(words_of(batch, setup, uncut), batch, 1)
 
 
@@ -427,13 +463,13 @@ def test_narrow_items_when_they_are_less_work(
     (cut,) = packing.cuts
     assert cut.rows_per_item == rows_per_item
     # A warp reads four tails in one fragment of a narrow item, eight in two of a wide one.
-    work, wall = (
+    work, solo = (
         (8 * narrow_ps + 10 * shared, 100 + shared * 5 + 4 * 10 * 5)
         if rows_per_item == 4
         else (1500 + 3 * shared, 300 + shared * 2 + 8 * 10 * 5)
     )
     work += 32 * (10 * 3 + 7)
-    assert packing.predicted_ps == work + wall
+    assert packing.predicted_ps == max(work, solo) == work  # eight narrow items fit on the SM
     check_plan(words_of(batch, setup, search), batch, 4)
 
 

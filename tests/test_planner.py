@@ -309,6 +309,7 @@ def test_packing_constants_are_the_same_in_both_languages() -> None:
     assert found["ItemWarps"] == cost.ITEM_WARPS
     text = "".join(path.read_text() for path in files)
     lists = dict(re.findall(r"constexpr int\w* k(\w+)\[\] = \{(.*)\};", text))
+    assert tuple(map(int, lists["PiecesPerSm"].split(","))) == packing.PIECES_PER_SM
     assert tuple(map(int, lists["PartScales"].split(","))) == packing.PART_SCALES
     assert tuple(map(int, lists["WallEighths"].split(","))) == packing.WALL_EIGHTHS
     assert tuple(map(int, lists["ChainRows"].split(","))) == packing.Search().chain_rows

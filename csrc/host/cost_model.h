@@ -48,11 +48,21 @@ class CapacityError : public std::runtime_error {
 /// Price of a pack by its number of rows, filled once for all calls of a planner.
 class PriceTable {
  public:
+  /// Work items of a chunk that have the same tile.
+  struct Group {
+    int64_t item_ps;   // SM time before the first token
+    int64_t token_ps;  // SM time a token
+    int64_t parts_ps;  // SM time of the partials of a chunk
+    int32_t num_tiles;
+    int32_t tile;
+  };
   struct Price {
-    int64_t item_ps;    // SM time before the first token
-    int64_t token_ps;   // SM time a token
-    int32_t num_tiles;  // work items a chunk of the pack needs
-    int32_t tile;       // first (widest) tile of the pack: the one that decides its solo time
+    int64_t item_ps;     // of all groups
+    int64_t token_ps;    // of all groups
+    int32_t num_tiles;   // work items a chunk of the pack needs
+    int32_t tile;        // first (widest) tile of the pack: the one that decides how it is cut
+    int32_t num_groups;  // 1 or 2
+    Group groups[2];
   };
 
   PriceTable(int32_t group_size, const CostModel& model) : group_size_(group_size), model_(model) {}
@@ -80,18 +90,30 @@ class PriceTable {
     constexpr int32_t kLargest = kNumTiles - 1;
     const int64_t num_full = query_rows / kTiles[kLargest].rows;
     const int64_t rest = query_rows % kTiles[kLargest].rows;
-    Price price{num_full * model_.item_ps[kLargest], 0, static_cast<int32_t>(num_full), kLargest};
-    if (num_full > 0) {
-      price.token_ps = model_.token_ps[kLargest] + (num_full - 1) * model_.reread_ps[kLargest];
+    const int32_t last = rest > 0 ? tile_for(rest) : kLargest;
+    Price price{};
+    if (last == kLargest) {
+      add_group(price, kLargest, num_full + (rest > 0), query_rows);
+    } else {
+      if (num_full > 0) add_group(price, kLargest, num_full, query_rows - rest);
+      add_group(price, last, 1, rest);
     }
-    if (rest > 0) {
-      const int32_t tile = tile_for(rest);
-      price.item_ps += model_.item_ps[tile];
-      price.token_ps += num_full > 0 ? model_.reread_ps[tile] : model_.token_ps[tile];
-      price.num_tiles += 1;
-      if (num_full == 0) price.tile = tile;
-    }
+    price.tile = price.groups[0].tile;
     return price;
+  }
+
+  void add_group(Price& price, int32_t tile, int64_t num_tiles, int64_t query_rows) const {
+    Group& group = price.groups[price.num_groups];
+    group = {.item_ps = num_tiles * model_.item_ps[tile],
+             .token_ps = num_tiles * model_.reread_ps[tile],
+             .parts_ps = query_rows * model_.part_ps,
+             .num_tiles = static_cast<int32_t>(num_tiles),
+             .tile = tile};
+    if (price.num_groups == 0) group.token_ps += model_.token_ps[tile] - model_.reread_ps[tile];
+    price.item_ps += group.item_ps;
+    price.token_ps += group.token_ps;
+    price.num_tiles += group.num_tiles;
+    ++price.num_groups;
   }
 
   int32_t group_size_;

@@ -9,14 +9,6 @@ namespace {
 constexpr int32_t kWallEighths[] = {0, 16, 8, 4, 2, 1};  // 0: no cut at all
 constexpr int32_t kChainRows[] = {128, 64, 16};          // query rows of a chain's items
 
-// a * b / c of non-negative values; the product of a step's picoseconds and the KV heads may pass
-// 64 bits for lengths near 2^31.
-int64_t mul_div(int64_t a, int64_t b, int64_t c) {
-  int64_t product;
-  if (!__builtin_mul_overflow(a, b, &product)) return product / c;
-  return static_cast<int64_t>(static_cast<__int128>(a) * b / c);
-}
-
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -92,10 +84,9 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
   ChainCut best{};
   for (; i < num_tries_; ++i) {
     ChainCut c = without_steps(pack, room, tried_rows_[i], num_separated);
-    c.sums.work_ps +=
-        unique.begun_tokens * model_.token_ps[0] + unique.begun_steps * model_.step_ps;
+    c.work_ps += unique.begun_tokens * model_.token_ps[0] + unique.begun_steps * model_.step_ps;
     // Pieces that are in several fragments only add to the work.
-    if (best.rows_per_item > 0 && c.sums.work_ps >= best.sums.work_ps) continue;
+    if (best.rows_per_item > 0 && c.work_ps >= best.work_ps) continue;
     if ((tried.known >> i & 1) == 0) {
       const FragmentGrid grid(shape_.group_size, pack.num_rows, tried_rows_[i]);
       tried.loads[i] = grid.load(row_loads);
@@ -105,10 +96,10 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
     const bool is_last_resort = best.rows_per_item == 0 && i + 1 == num_tries_;
     if (load.longest_warp > room.steps && !is_last_resort) continue;
     c.num_steps = load.steps;
-    c.sums.work_ps += (load.tokens - unique.begun_tokens) * model_.reread_ps[0] +
-                      (load.steps - unique.begun_steps) * model_.step_ps;
+    c.work_ps += (load.tokens - unique.begun_tokens) * model_.reread_ps[0] +
+                 (load.steps - unique.begun_steps) * model_.step_ps;
     c.solo_ps += load.longest_warp * model_.solo_token_ps[0];
-    if (best.rows_per_item == 0 || c.sums.work_ps < best.sums.work_ps) best = c;
+    if (best.rows_per_item == 0 || c.work_ps < best.work_ps) best = c;
   }
   return best;
 }
@@ -119,26 +110,42 @@ Splitter::ChainCut Splitter::without_steps(const SharedPack& pack, const Room& r
   const int64_t query_rows =
       static_cast<int64_t>(std::min(rows_per_item, pack.num_rows)) * shape_.group_size;
   const int32_t tile = PriceTable::tile_for(query_rows);
-  ChainCut c{.run = cut(pack.end - pack.start, room.tokens[tile]), .rows_per_item = rows_per_item};
+  ChainCut c{.run = cut(pack.end - pack.start, room.tokens[tile]),
+             .rows_per_item = rows_per_item,
+             .tile = tile,
+             .num_items = (pack.num_rows + rows_per_item - 1) / rows_per_item};
   const int64_t num_plain = c.run.num_chunks - 1;
   const int64_t plain_tokens = num_plain * c.run.chunk;
   const int64_t tokens = pack.end - pack.start - plain_tokens;
-  const int64_t num_items = (pack.num_rows + rows_per_item - 1) / rows_per_item;
-  if (num_plain > 0) {
-    const PriceTable::Price& price = prices_[pack.num_rows];
-    c.sums.items = num_plain * price.num_tiles;
-    c.sums.work_ps = num_plain * price.item_ps + plain_tokens * price.token_ps;
-    c.sums.wall_ps =
-        model_.solo_item_ps[price.tile] + c.run.chunk * model_.solo_token_ps[price.tile];
-  }
-  const bool has_parts = num_plain > 0 || pack.start > 0;
-  c.sums.parts = num_plain * pack.num_rows + (has_parts ? pack.num_rows : num_separated);
-  c.sums.items += num_items;
-  c.sums.work_ps += num_items * model_.item_ps[tile] +
-                    tokens * (model_.token_ps[tile] + (num_items - 1) * model_.reread_ps[tile]) +
-                    c.sums.parts * model_.part_ps * shape_.group_size;
+  const PriceTable::Price& price = prices_[pack.num_rows];
+  c.parts = num_plain > 0 || pack.start > 0 ? pack.num_rows : num_separated;
+  c.work_ps = num_plain * price.item_ps + plain_tokens * price.token_ps +
+              c.num_items * model_.item_ps[tile] +
+              tokens * (model_.token_ps[tile] + (c.num_items - 1) * model_.reread_ps[tile]) +
+              (num_plain * pack.num_rows + c.parts) * model_.part_ps * shape_.group_size;
   c.solo_ps = model_.solo_item_ps[tile] + tokens * model_.solo_token_ps[tile];
   return c;
+}
+
+// The chunks of a plain pack, the last taken for as long as the others. Returns their SM time.
+int64_t Splitter::add_chunks(int32_t num_rows, const Cut& cut, int64_t tokens, bool has_parts,
+                             Sums& sums) {
+  const PriceTable::Price& price = prices_[num_rows];
+  int64_t sum_ps = 0;
+  for (int32_t i = 0; i < price.num_groups; ++i) {
+    const PriceTable::Group& group = price.groups[i];
+    const int64_t chunk_ps = group.item_ps + (has_parts ? group.parts_ps : 0);
+    const int64_t work_ps = cut.num_chunks * chunk_ps + tokens * group.token_ps;
+    const int64_t solo_ps =
+        model_.solo_item_ps[group.tile] + cut.chunk * model_.solo_token_ps[group.tile];
+    schedule_.add(group.tile, static_cast<int64_t>(cut.num_chunks) * group.num_tiles, solo_ps,
+                  work_ps);
+    sum_ps += work_ps;
+  }
+  sums.work_ps += sum_ps;
+  sums.items += static_cast<int64_t>(cut.num_chunks) * price.num_tiles;
+  sums.parts += has_parts ? static_cast<int64_t>(cut.num_chunks) * num_rows : 0;
+  return sum_ps;
 }
 
 // false: the pack is no chain under this limit.
@@ -146,10 +153,16 @@ bool Splitter::add_chain(const Packing& packing, const SharedPack& pack, const R
                          Sums& sums) {
   const ChainCut c = cut_chain(packing, pack, room);
   if (c.rows_per_item == 0) return false;
-  sums.parts += c.sums.parts;
-  sums.items += c.sums.items;
-  sums.work_ps += c.sums.work_ps;
-  sums.wall_ps = std::max({sums.wall_ps, c.sums.wall_ps, c.solo_ps});
+  int64_t items_ps = c.work_ps;
+  if (c.run.num_chunks > 1) {
+    const Cut plain{c.run.chunk, c.run.num_chunks - 1};
+    const int64_t tokens = static_cast<int64_t>(plain.num_chunks) * plain.chunk;
+    items_ps -= add_chunks(pack.num_rows, plain, tokens, true, sums);
+  }
+  schedule_.add(c.tile, c.num_items, c.solo_ps, items_ps);
+  sums.work_ps += items_ps;
+  sums.items += c.num_items;
+  sums.parts += c.parts;
   return true;
 }
 
@@ -160,8 +173,7 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
   const int32_t num_rows = tree.num_rows(), num_shared = shared ? packing.num_shared : 0;
   const int32_t num_chains = shared ? packing.num_chains : 0;
   const int32_t* lens = tree.lens();
-  const PriceTable::Price one = prices_[1];
-  const int64_t part_ps = model_.part_ps * shape_.group_size;
+  const PriceTable::Price& one = prices_[1];
   const auto tail_start = [&](int32_t row) { return shared ? packing.tail_start[row] : 0; };
   const auto in_chain = [&](int32_t row) { return num_chains > 0 && packing.in_chain[row]; };
 
@@ -172,21 +184,19 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
                    num_chains);  // a piece or more for each row
   }
 
-  // Plain packs uncut; all that chains cost depends on the limit, but they have a part in the mean.
-  int64_t packs_ps = 0, chains_ps = 0, fixed_ps = 0, longest[kNumTiles] = {};
+  // SM time if nothing is cut and partials are free; longest plain pack or tail of each tile.
+  int64_t uncut_ps = 0, longest[kNumTiles] = {};
   for (int32_t i = 0; i < num_shared; ++i) {
     const SharedPack& pack = packing.shared[i];
     const PriceTable::Price& price = prices_[pack.num_rows];
     const int64_t tokens = pack.end - pack.start;
-    const int64_t pack_ps = price.item_ps + tokens * price.token_ps;
+    uncut_ps += price.item_ps + tokens * price.token_ps;
     if (pack.chain >= 0) {
-      chains_ps += pack_ps + packing.chains[pack.chain].below_ps;
+      uncut_ps += packing.chains[pack.chain].below_ps;
       tried_[pack.chain].num_separated = -1;
-      continue;
+    } else {
+      longest[price.tile] = std::max(longest[price.tile], tokens);
     }
-    packs_ps += pack_ps;
-    fixed_ps = std::max(fixed_ps, model_.solo_item_ps[price.tile]);
-    longest[price.tile] = std::max(longest[price.tile], tokens);
   }
   int64_t num_tails = 0, num_tail_tokens = 0, longest_tail = 0;
   for (int32_t row = 0; row < num_rows; ++row) {
@@ -196,14 +206,10 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
     num_tail_tokens += tokens;
     longest_tail = std::max(longest_tail, tokens);
   }
-  if (num_tails > 0) {
-    fixed_ps = std::max(fixed_ps, model_.solo_item_ps[one.tile]);
-    longest[one.tile] = std::max(longest[one.tile], longest_tail);
-  }
-  const int64_t uncut_ps =
-      packs_ps + chains_ps + num_tails * one.item_ps + num_tail_tokens * one.token_ps;
+  longest[one.tile] = std::max(longest[one.tile], longest_tail);
+  uncut_ps += num_tails * one.item_ps + num_tail_tokens * one.token_ps;
   const int64_t mean_ps = mul_div(uncut_ps, shape_.num_kv_heads, model_.num_sms);
-  if (mean_ps + fixed_ps > give_up_ps) return std::nullopt;
+  if (num_chains == 0 && mean_ps > give_up_ps) return std::nullopt;
 
   std::optional<Split> best;
   for (const int32_t eighths : kWallEighths) {
@@ -212,51 +218,29 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
     for (int32_t k = 0; k < kNumTiles; ++k) any_cut |= longest[k] > room.tokens[k];
     if (!any_cut) continue;  // equal to no cut at all
 
-    Sums sums{packs_ps, 0, 0, 0};
+    schedule_.clear();
+    Sums sums;
     for (int32_t i = 0; i < num_shared; ++i) {
       const SharedPack& pack = packing.shared[i];
-      const PriceTable::Price& price = prices_[pack.num_rows];
+      if (pack.chain >= 0 && add_chain(packing, pack, room, sums)) continue;
       const int64_t tokens = pack.end - pack.start;
-      if (pack.chain >= 0) {
-        if (add_chain(packing, pack, room, sums)) continue;
-        sums.work_ps += price.item_ps + tokens * price.token_ps;
-      }
-      const Cut c = cut(tokens, room.tokens[price.tile]);
-      const int64_t parts = static_cast<int64_t>(pack.num_rows) * c.num_chunks;
-      sums.parts += parts;
-      sums.items += static_cast<int64_t>(price.num_tiles) * c.num_chunks;
-      sums.work_ps += (c.num_chunks - 1) * price.item_ps + parts * part_ps;
-      sums.wall_ps = std::max(sums.wall_ps, model_.solo_item_ps[price.tile] +
-                                                c.chunk * model_.solo_token_ps[price.tile]);
+      const Cut c = cut(tokens, room.tokens[prices_[pack.num_rows].tile]);
+      add_chunks(pack.num_rows, c, tokens, true, sums);
     }
-    int64_t tail_tokens = num_tail_tokens, tail_parts = 0, tail_chunks = 0, tail_chunk = 0;
     for (int32_t row = 0; row < num_rows; ++row) {
       const int32_t start = tail_start(row), tokens = lens[row] - start;
-      if (in_chain(row)) {
-        if (tokens <= room.tokens[0]) continue;
-        tail_tokens += tokens;
-      }
+      if (in_chain(row) && tokens <= room.tokens[0]) continue;
       const Cut c = cut_tail(tokens, room.tokens[one.tile], packing.horizon);
-      tail_chunks += c.num_chunks;
-      tail_parts += start == 0 && c.num_chunks == 1 ? 0 : c.num_chunks;
-      tail_chunk = std::max<int64_t>(tail_chunk, c.chunk);
-    }
-    if (tail_chunks > 0) {
-      sums.parts += tail_parts;
-      sums.items += tail_chunks * one.num_tiles;
-      sums.work_ps += tail_chunks * one.item_ps + tail_tokens * one.token_ps + tail_parts * part_ps;
-      sums.wall_ps = std::max(sums.wall_ps, model_.solo_item_ps[one.tile] +
-                                                tail_chunk * model_.solo_token_ps[one.tile]);
+      add_chunks(1, c, tokens, start > 0 || c.num_chunks > 1, sums);
     }
     if (sums.parts > shape_.max_parts || sums.items > shape_.max_items) {
       if (num_chains > 0) continue;
       break;
     }
+    const int64_t predicted_ps = schedule_.predict(shape_.num_kv_heads, model_.num_sms);
+    if (!best || predicted_ps < best->predicted_ps) best = Split{predicted_ps, eighths, mean_ps};
     const int64_t balanced_ps = mul_div(sums.work_ps, shape_.num_kv_heads, model_.num_sms);
-    if (!best || balanced_ps + sums.wall_ps < best->predicted_ps) {
-      best = Split{balanced_ps + sums.wall_ps, eighths, mean_ps};
-    }
-    if (num_chains == 0 && balanced_ps + fixed_ps >= best->predicted_ps) break;
+    if (num_chains == 0 && balanced_ps >= best->predicted_ps) break;
   }
   return best;
 }

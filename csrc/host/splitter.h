@@ -9,6 +9,7 @@
 #include "cost_model.h"
 #include "fragments.h"
 #include "packing.h"
+#include "schedule.h"
 #include "scratch.h"
 #include "segment_tree.h"
 
@@ -47,12 +48,11 @@ class Splitter {
     int32_t chunk;
     int32_t num_chunks;
   };
-  /// Cost of a whole plan.
+  /// What a plan takes of the workspace, and its SM time.
   struct Sums {
-    int64_t work_ps;
-    int64_t wall_ps;
-    int64_t parts;
-    int64_t items;
+    int64_t work_ps = 0;
+    int64_t parts = 0;
+    int64_t items = 0;
   };
 
   static constexpr int32_t kMaxTries = 8;
@@ -64,11 +64,14 @@ class Splitter {
     FragmentLoad loads[kMaxTries];
   };
   struct ChainCut {
-    Cut run;
-    int32_t rows_per_item;  // 0: no step is left, the chain is a plain pack
-    int64_t num_steps;
-    int64_t solo_ps;  // of its longest work item
-    Sums sums;        // of all there is to the pack; wall_ps: of its plain chunks
+    Cut run = {};
+    int32_t rows_per_item = 0;  // 0: no step is left, the chain is a plain pack
+    int32_t tile = 0;           // of its work items
+    int64_t num_items = 0;
+    int64_t num_steps = 0;
+    int64_t solo_ps = 0;  // of its longest work item
+    int64_t parts = 0;    // without those of the plain chunks
+    int64_t work_ps = 0;  // with the plain chunks
   };
 
   Room room_for(int64_t mean_ps, int32_t eighths) const;
@@ -77,6 +80,7 @@ class Splitter {
   ChainCut cut_chain(const Packing& packing, const SharedPack& pack, const Room& room);
   ChainCut without_steps(const SharedPack& pack, const Room& room, int32_t rows_per_item,
                          int32_t num_separated) const;
+  int64_t add_chunks(int32_t num_rows, const Cut& cut, int64_t tokens, bool has_parts, Sums& sums);
   bool add_chain(const Packing& packing, const SharedPack& pack, const Room& room, Sums& sums);
 
   Shape shape_;
@@ -84,6 +88,7 @@ class Splitter {
   const PriceTable& prices_;
   int32_t tried_rows_[kMaxTries];  // rows of a chain's items, widest first
   int32_t num_tries_ = 0;
+  Schedule schedule_;           // of the limit that is tried
   Scratch<Tried> tried_;        // [chains]
   Scratch<RowLoad> row_loads_;  // [rows + 1] of every chain, without the separated tails
 };

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: MIT
+// In which time the GPU is done with a set of work items. Mirrors predict of pat_sglang/packing.py,
+// which says why.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "../plan_layout.h"
+
+namespace pat {
+
+inline constexpr int32_t kPiecesPerSm[] = {8, 2, 1};  // work items of each tile side by side
+
+// (a * b - less) / c of non-negative values; the product of a step's picoseconds and the KV heads
+// may pass 64 bits for lengths near 2^31.
+inline int64_t mul_div(int64_t a, int64_t b, int64_t c, int64_t less = 0) {
+  int64_t product;
+  if (!__builtin_mul_overflow(a, b, &product)) return (product - less) / c;
+  return static_cast<int64_t>((static_cast<__int128>(a) * b - less) / c);
+}
+
+/// Work items of one KV head, in buckets by solo time.
+class Schedule {
+ public:
+  /// Adds `items` work items of a tile that last at most `solo_ps` each and take `work_ps` of SM
+  /// time together, partials included.
+  void add(int32_t tile, int64_t items, int64_t solo_ps, int64_t work_ps) {
+    const int32_t index = bucket_of(solo_ps);
+    Bucket& bucket = buckets_[index];
+    bucket.eighths += items * (8 / kPiecesPerSm[tile]);
+    bucket.items += items;
+    bucket.work_ps += work_ps;
+    bucket.longest_ps = std::max(bucket.longest_ps, solo_ps);
+    lowest_ = std::min(lowest_, index);
+    highest_ = std::max(highest_, index);
+  }
+
+  /// When all are done, longest first, for every KV head.
+  int64_t predict(int64_t num_kv_heads, int64_t num_sms) const {
+    const int64_t room = 8 * num_sms / num_kv_heads;  // eighths of an SM, for one KV head
+    int64_t eighths = 0, work_ps = 0, end_ps = 0;     // of a bucket with all that are longer
+    for (int32_t i = highest_; i >= lowest_; --i) {
+      const Bucket& bucket = buckets_[i];
+      if (bucket.items == 0) continue;
+      eighths += bucket.eighths;
+      work_ps += bucket.work_ps;
+      int64_t start_ps = 0;
+      if (eighths > room) {
+        start_ps = mul_div(work_ps, num_kv_heads, num_sms, bucket.work_ps / bucket.items);
+      }
+      end_ps = std::max(end_ps, start_ps + bucket.longest_ps);
+    }
+    return std::max(mul_div(work_ps, num_kv_heads, num_sms), end_ps);
+  }
+
+  /// Forgets all work items.
+  void clear() {
+    if (lowest_ <= highest_) std::fill(buckets_ + lowest_, buckets_ + highest_ + 1, Bucket{});
+    lowest_ = kNumBuckets;
+    highest_ = -1;
+  }
+
+ private:
+  static constexpr int32_t kNumBuckets = 256;  // four an octave of 64 bits
+
+  struct Bucket {
+    int64_t eighths;  // of an SM
+    int64_t items;
+    int64_t work_ps;
+    int64_t longest_ps;
+  };
+
+  static int32_t bucket_of(int64_t solo_ps) {
+    const auto x = static_cast<uint64_t>(std::max<int64_t>(solo_ps, 8));
+    const int32_t bits = std::bit_width(x);
+    return 4 * bits + static_cast<int32_t>(x >> (bits - 3) & 3);
+  }
+
+  Bucket buckets_[kNumBuckets] = {};
+  int32_t lowest_ = kNumBuckets;
+  int32_t highest_ = -1;
+};
+
+}  // namespace pat
