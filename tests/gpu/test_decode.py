@@ -3,23 +3,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from cases import make_case, random_forest
-from compare import assert_close
+from compare import assert_close, oracle
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
+from pat_sglang.host import HostPlanner
+from pat_sglang.packing import Search
 
 HEADS = [(4, 4), (6, 2), (10, 2), (7, 1), (16, 1), (32, 8), (9, 3), (40, 2)]
+CHAIN_HEADS = [(4, 4), (6, 2), (16, 4), (16, 2), (16, 1), (24, 1)]  # groups 1, 3, 4, 8, 16, 24
+CHAIN_ROWS = [16, 64, 128]  # query rows of a chain's items at most: each has a tile of its own
 PAGE = {1: 1, 2: 16}
 
 
-def make_planner(q_heads, kv_heads, head_dim, dtype=torch.bfloat16, **kwargs):
-    return DecodePlanner(
-        num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
-        device="cuda", max_rows=600, max_tokens=1 << 17, **kwargs,
-    )  # fmt: skip
+@pytest.fixture(params=["best", "sm80"])
+def make_planner(request):
+    """Makes planners of the GPU's own kernel path, then of the one that every GPU has."""
+    if request.param == "sm80" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this GPU's own path is sm80")
+    path = None if request.param == "best" else request.param
+
+    def make(q_heads, kv_heads, head_dim, dtype=torch.bfloat16, **kwargs):
+        return DecodePlanner(
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
+            device="cuda", max_rows=600, max_tokens=1 << 17, path=path, **kwargs,
+        )  # fmt: skip
+
+    return make
+
+
+def with_chains(planner, query_rows=128, num_sms=1):
+    """The planner, now making chains wherever it can: the fewer SMs, the less is cut."""
+    host = planner.host
+    planner.host = HostPlanner(
+        replace(host.shape, sharing="on"),
+        replace(host.model, num_sms=num_sms, part_ps=2_000_000, step_ps=1),
+        host.capacity,
+        native=False,
+        search=Search(chain_rows=(query_rows,), without_chains=False),
+    )
+    return planner
 
 
 def cuda_case(heads, head_dim, forest, leaves, lens, dtype=torch.bfloat16, **kwargs):
@@ -47,7 +75,7 @@ def run(case, plan, padded=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", HEADS)
-def test_random_forests(heads, head_dim, dtype, sharing):
+def test_random_forests(make_planner, heads, head_dim, dtype, sharing):
     rng = np.random.default_rng(hash((heads, head_dim)) % 2**31)
     planner = make_planner(*heads, head_dim, dtype, sharing=sharing)
     for seed, (rows, longest) in enumerate([(1, 700), (5, 300), (40, 500), (150, 90)]):
@@ -60,7 +88,7 @@ def test_random_forests(heads, head_dim, dtype, sharing):
         assert_close(run(case, plan, padded=seed), case)
 
 
-def test_graph_replay_with_changing_plans():
+def test_graph_replay_with_changing_plans(make_planner):
     heads, head_dim, padded = (32, 8), 128, 64
     rng = np.random.default_rng(3)
     planner = make_planner(*heads, head_dim)
@@ -75,12 +103,14 @@ def test_graph_replay_with_changing_plans():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         pat_decode(q, k, v, plan, sm_scale=head_dim**-0.5, out=out)
-    for seed in range(12):
+    hosts = [planner.host, *(with_chains(planner, n, 1).host for n in CHAIN_ROWS)]
+    for seed in range(16):
         rows = int(rng.integers(1, padded + 1))
         case = cuda_case(heads, head_dim, *random_forest(rng, rows, max_len=200), seed=seed)
         assert case.k_cache.shape[0] <= k.shape[0]
         case.k_cache, case.v_cache = k, v
         q[:rows] = case.q
+        planner.host = hosts[seed % len(hosts)]
         plan_case(planner, case)
         out.fill_(torch.nan)
         graph.replay()
@@ -88,7 +118,7 @@ def test_graph_replay_with_changing_plans():
 
 
 @pytest.mark.parametrize("heads", [(32, 8), (4, 4)])
-def test_tails_grow_on_the_device(heads):
+def test_tails_grow_on_the_device(make_planner, heads):
     rng = np.random.default_rng(4)
     forest, leaves, lens = random_forest(rng, 20, max_len=150)
     case = cuda_case(heads, 128, forest, leaves, lens, spare=64)
@@ -101,7 +131,7 @@ def test_tails_grow_on_the_device(heads):
     assert_close(run(case, plan), case)
 
 
-def test_one_long_row_among_short_ones():
+def test_one_long_row_among_short_ones(make_planner):
     lens = np.array([32768] + [int(n) for n in np.random.default_rng(5).integers(1, 80, 63)])
     case = cuda_case((32, 8), 128, Forest.empty(), np.full(64, -1), lens)
     plan = plan_case(make_planner(32, 8, 128), case)
@@ -109,7 +139,7 @@ def test_one_long_row_among_short_ones():
     assert_close(run(case, plan), case)
 
 
-def test_everything_shared_and_nothing_private():
+def test_everything_shared_and_nothing_private(make_planner):
     forest = Forest(np.array([-1]), np.array([3000]))
     case = cuda_case((32, 8), 128, forest, np.zeros(300, np.int32), np.full(300, 3000))
     plan = plan_case(make_planner(32, 8, 128), case)
@@ -117,7 +147,7 @@ def test_everything_shared_and_nothing_private():
     assert_close(run(case, plan), case)
 
 
-def test_same_plan_same_bits():
+def test_same_plan_same_bits(make_planner):
     case = cuda_case((32, 8), 128, *random_forest(np.random.default_rng(6), 200, max_len=300))
     plan = plan_case(make_planner(32, 8, 128), case)
     first = run(case, plan)
@@ -125,7 +155,7 @@ def test_same_plan_same_bits():
         assert torch.equal(first.view(torch.int16), run(case, plan).view(torch.int16))
 
 
-def test_a_row_that_outgrows_its_tail_unseen_is_nan():
+def test_a_row_that_outgrows_its_tail_unseen_is_nan(make_planner):
     case = cuda_case((32, 8), 128, Forest.empty(), np.full(3, -1), np.array([5, 9, 700]), spare=600)
     planner = make_planner(32, 8, 128)
     plan = plan_case(planner, case)
@@ -136,13 +166,111 @@ def test_a_row_that_outgrows_its_tail_unseen_is_nan():
     assert torch.isfinite(out[1:]).all()
 
 
-def test_sm80_path_on_this_gpu():
-    case = cuda_case((32, 8), 128, *random_forest(np.random.default_rng(7), 100, max_len=300))
-    plan = plan_case(make_planner(32, 8, 128, path="sm80"), case)
+def chains_possible(heads, query_rows):
+    """Whether an item of so many query rows holds two requests; one alone would share nothing."""
+    return query_rows // (heads[0] // heads[1]) >= 2
+
+
+@pytest.mark.parametrize("num_sms", [1, 132])
+@pytest.mark.parametrize("query_rows", CHAIN_ROWS)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)])
+@pytest.mark.parametrize("heads", CHAIN_HEADS)
+def test_chains_on_random_forests(make_planner, heads, head_dim, dtype, query_rows, num_sms):
+    if not chains_possible(heads, query_rows):
+        pytest.skip("an item would have one request")
+    rng = np.random.default_rng(heads[0] * query_rows)
+    planner = with_chains(make_planner(*heads, head_dim, dtype), query_rows, num_sms)
+    chains = 0
+    for seed, (rows, longest) in enumerate([(3, 900), (12, 300), (40, 120), (150, 40)]):
+        case = cuda_case(
+            heads, head_dim, *random_forest(rng, rows, max_len=longest), dtype, seed=seed,
+            page_size=PAGE[1 + seed % 2],
+        )  # fmt: skip
+        plan = plan_case(planner, case)
+        plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+        assert_close(run(case, plan, padded=seed), case)
+        chains += plan.stats.chains
+    assert chains > 0
+
+
+def binary_tree(rows, root=330, below=21):
+    """A root, four levels of two children each, and tails of 0 to 39 tokens."""
+    parent = [-1, *(node // 2 for node in range(30))]
+    length = [root] + [below] * 30
+    leaves = np.arange(rows, dtype=np.int32) % 16 + 15
+    lens = root + 4 * below + np.arange(rows) * 7 % 40
+    return Forest(np.array(parent, np.int32), np.array(length, np.int32)), leaves, lens
+
+
+@pytest.mark.parametrize("rows", [32, 100, 128])
+@pytest.mark.parametrize("query_rows", CHAIN_ROWS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (16, 4)])
+def test_chains_of_many_steps(make_planner, heads, query_rows, rows):
+    # 128 rows of group 1 in one item: a warp has 42 steps, more than it reads at once.
+    case = cuda_case(heads, 128, *binary_tree(rows), seed=rows)
+    plan = plan_case(with_chains(make_planner(*heads, 128), query_rows), case)
+    plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    assert plan.stats.chains > 0 and plan.stats.partial_slots == 0
     assert_close(run(case, plan), case)
 
 
-def test_bad_tensors_name_the_value():
+def test_rows_of_a_chain_that_is_cut(make_planner):
+    # The shared run and one tail are cut off: their rows are merged, the others too.
+    forest, leaves, lens = binary_tree(32, root=6000)
+    lens[5] += 3000
+    case = cuda_case((16, 4), 128, forest, leaves, lens)
+    plan = plan_case(with_chains(make_planner(16, 4, 128), num_sms=132), case)
+    plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    assert plan.stats.chains > 0 and plan.stats.splits > 0 and plan.stats.partial_slots > 64
+    assert_close(run(case, plan), case)
+
+
+@pytest.mark.parametrize("query_rows", CHAIN_ROWS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (32, 8)])
+def test_tails_of_chains_grow_on_the_device(make_planner, heads, query_rows):
+    case = cuda_case(heads, 128, *binary_tree(48), spare=64)
+    planner = with_chains(make_planner(*heads, 128), query_rows)
+    plan = plan_case(planner, case)
+    assert plan.stats.chains > 0
+    for step in range(40):
+        case.grow(np.sign((np.arange(48) + step) % 3))
+        assert planner.advance(plan)
+        if step % 13 == 0 or step == 39:
+            assert_close(run(case, plan), case)
+    plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+
+
+@pytest.mark.parametrize("num_sms", [1, 132])
+@pytest.mark.parametrize("query_rows", CHAIN_ROWS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (32, 8)])
+def test_rows_of_a_chain_that_outgrow_their_tails_unseen_are_nan(
+    make_planner, heads, query_rows, num_sms
+):
+    root = 330 if num_sms == 1 else 6000  # so long that it is cut
+    case = cuda_case(heads, 128, *binary_tree(48, root), spare=500)
+    planner = with_chains(make_planner(*heads, 128), query_rows, num_sms)
+    plan = plan_case(planner, case)
+    assert plan.stats.chains > 0
+    outgrown = [0, 7, 8, 40]  # row 0 has an empty tail
+    grown = np.ones(48, np.int64)
+    grown[outgrown] = 450
+    case.grow(grown)
+    assert planner.advance(plan)  # the host was told of one token only
+    out = run(case, plan)
+    assert torch.isnan(out[outgrown]).all()
+    out[outgrown] = oracle(case)[outgrown].to(out.dtype)
+    assert_close(out, case)
+
+
+def test_same_chains_same_bits(make_planner):
+    case = cuda_case((32, 8), 128, *binary_tree(200))
+    plan = plan_case(with_chains(make_planner(32, 8, 128)), case)
+    first = run(case, plan)
+    for _ in range(5):
+        assert torch.equal(first.view(torch.int16), run(case, plan).view(torch.int16))
+
+
+def test_bad_tensors_name_the_value(make_planner):
     case = cuda_case((32, 8), 128, Forest.empty(), np.full(2, -1), np.array([3, 4]))
     plan = plan_case(make_planner(32, 8, 128), case)
     good = {"q": case.q, "k_cache": case.k_cache, "v_cache": case.v_cache}
