@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """PAT's kernels against an fp32 oracle on random forests, replayed from CUDA graphs.
 
-    python scripts/gpu_kernel_check.py                 320 forests, then growing tails
+    python scripts/gpu_kernel_check.py                 360 forests, 162 in chains, growing tails
     python scripts/gpu_kernel_check.py --path sm80     the A100 kernels on this GPU
     compute-sanitizer --tool memcheck python scripts/gpu_kernel_check.py --sanitize
 
@@ -12,17 +12,22 @@ through FlashAttention-3 (page size 1) where it can be imported; design.md secti
 errors by that kernel's: relative L2 at most 1.05x, largest absolute at most 1.5x a case, geometric
 mean of the L2 ratios at most 1.01. Each replay is done twice and must repeat bit by bit.
 
+Other forests are planned by a planner that makes chains wherever it can, with items of every tile,
+whole and cut; in them tails grow, and rows outgrow theirs: those rows alone become NaN.
+
 Writes results/kernel_check-<gpu>.jsonl: one object a case, then one {"case": "summary", ...}.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gpu_common as common
@@ -32,6 +37,8 @@ from gpu_common import Row, geomean
 from trees import KINDS, Layout, Tree, make_layout, random_tree
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
+from pat_sglang.host import HostPlanner
+from pat_sglang.packing import MAX_HORIZON, Search
 
 PADDED = (8, 64, 256)  # captured batch sizes
 L2_BOUND, MAX_BOUND, MEAN_BOUND = 1.05, 1.5, 1.01
@@ -74,6 +81,8 @@ CONFIGS = [
     Config(8, 4, 64, "bf16", 16),
     Config(3, 3, 64, "fp16", 1),
     Config(16, 1, 64, "fp16", 1),
+    Config(24, 2, 128, "bf16", 1),
+    Config(24, 1, 64, "fp16", 16),
 ]
 SANITIZE_CONFIGS = [CONFIGS[2], CONFIGS[0], CONFIGS[5], CONFIGS[15]]
 SANITIZE_CASES = [
@@ -84,6 +93,15 @@ SANITIZE_CASES = [
     ("tails_from_zero", 8),
     ("agents", 12),
 ]
+
+# In chains: query rows of an item at most, one tile each; SMs that a plan is made for (for one SM,
+# nothing is cut); kinds and sizes of the forests, in turn.
+CHAIN_ROWS, CHAIN_SMS = (16, 64, 128), (1, 132)
+CHAIN_KINDS = (
+    *("rl_groups", "agents", "tails_from_zero", "uniform"),
+    *("duplicates", "ragged", "all_shared"),
+)
+CHAIN_SIZES = (40, 64, 12, 200, 7)
 
 
 def reference_kernel() -> Any:
@@ -178,6 +196,31 @@ class Rig:
         )
         return self.current
 
+    @contextlib.contextmanager
+    def chains(self, query_rows: int, num_sms: int) -> Iterator[None]:
+        """Plans made meanwhile have chains wherever possible, of at most so many query rows."""
+        host = self.planner.host
+        self.planner.host = HostPlanner(
+            replace(host.shape, sharing="on"),
+            replace(host.model, num_sms=num_sms, part_ps=2_000_000, step_ps=1),
+            host.capacity,
+            native=False,
+            search=Search(chain_rows=(query_rows,), without_chains=False),
+        )
+        try:
+            yield
+        finally:
+            self.planner.host = host
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Gives the rows more tokens, of which the host is not told."""
+        for row, count in enumerate(tokens.tolist()):
+            begin = int(self.lens[row])
+            new = self.req_to_token[self.pool_rows[row], begin : begin + count].long()
+            self.k[new], self.v[new] = self.k_clean[new], self.v_clean[new]
+        self.lens += tokens
+        self.seq_lens[: self.tree.num_rows] += torch.from_numpy(tokens).to(self.device)
+
     def advance(self, tell_lengths: bool) -> bool:
         """One more token for every row; False if a new plan had to be made."""
         self.lens += 1
@@ -250,6 +293,8 @@ class Rig:
             "unique_tokens": stats.unique_tokens,
             "lag": lag,
             "items": stats.items,
+            "chains": stats.chains,
+            "partial_slots": stats.partial_slots,
             "pat_l2": relative,
             "pat_max": largest,
             "repeatable": torch.equal(result, again),
@@ -381,6 +426,60 @@ class Check:
             kinds.append("one_long")
         for kind in kinds:
             self.grow(rig, kind, number)
+        self.chain_cases(rig, number)
+
+    def chain_cases(self, rig: Rig, number: int) -> None:
+        """Forests in chains, with items of every tile that holds two requests."""
+        limits = [rows for rows in CHAIN_ROWS if rows // rig.config.group > 1]
+        for index in range(self.options.chains):
+            if self.out_of_time():
+                return
+            limit, turn = limits[index % len(limits)], index // len(limits)
+            kind = CHAIN_KINDS[(number + index) % len(CHAIN_KINDS)]
+            rows = min(CHAIN_SIZES[(number + index) % len(CHAIN_SIZES)], rig.max_rows)
+            tree = random_tree(kind, rows, 500 + number * 100 + index)
+            tree = smaller(tree, self.options, rig.config.page_size)
+            with rig.chains(limit, CHAIN_SMS[turn % len(CHAIN_SMS)]):
+                rig.load(tree, seed=number * 1000 + 500 + index)
+                rig.plan(lag=index % 3)
+                self.add(rig.check(f"chains{limit}-{tree.name}", index % 3))
+        for limit in limits[:1] if self.options.sanitize else limits:
+            with rig.chains(limit, CHAIN_SMS[number % len(CHAIN_SMS)]):
+                self.outgrow(rig, number, limit)
+        with rig.chains(limits[number % len(limits)], 1):
+            self.grow(rig, "rl_groups", number)
+
+    def outgrow(self, rig: Rig, number: int, limit: int) -> None:
+        """Every fifth row outgrows its tail unseen: it becomes NaN, the others stay right."""
+        tree = random_tree("rl_groups", 6 if self.options.sanitize else GROW_ROWS, 70 + number)
+        reserve = MAX_HORIZON + 8
+        tree = smaller(tree, self.options, rig.config.page_size, reserve)
+        rig.load(tree, seed=78, reserve=reserve)
+        rig.plan()
+        outgrown = np.arange(tree.num_rows) % 5 == 1
+        rig.append(np.where(outgrown, MAX_HORIZON + 1, 1))
+        assert rig.planner.advance(rig.current)
+        out = rig.decode()[: tree.num_rows]
+        rest = torch.from_numpy(~outgrown)
+        largest, relative = common.errors(out[rest], rig.oracle()[rest])
+        row: Row = {
+            "case": f"outgrown{limit}-{tree.name}",
+            "config": rig.config.name,
+            "path": self.options.path or "default",
+            "rows": tree.num_rows,
+            "items": rig.current.stats.items,
+            "chains": rig.current.stats.chains,
+            "pat_l2": relative,
+            "pat_max": largest,
+            "repeatable": torch.equal(out[rest], rig.decode()[: tree.num_rows][rest]),
+            "only_outgrown_are_nan": bool(out[torch.from_numpy(outgrown)].isnan().all()),
+        }
+        row["ok"] = (
+            row["repeatable"]
+            and row["only_outgrown_are_nan"]
+            and relative < ABSOLUTE_BOUND[rig.dtype]
+        )
+        self.add(row)
 
     def grow(self, rig: Rig, kind: str, number: int) -> None:
         """Tails that grow by a token a step: advance() until the horizon, then a new plan."""
@@ -420,6 +519,7 @@ class Check:
             "not_finite": sum(row["pat_l2"] is None for row in cases),
             "not_repeatable": sum(not row["repeatable"] for row in cases),
             "worst_l2": max((row["pat_l2"] or 0 for row in cases), default=None),
+            "cases_with_chains": sum(row["chains"] > 0 for row in cases),
         }
         if rated:
             result |= {
@@ -440,6 +540,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", type=int, default=20, help="forests a configuration")
+    parser.add_argument("--chains", type=int, default=9, help="forests a configuration in chains")
     parser.add_argument("--grow", type=int, default=GROW_STEPS, help="steps of growing tails")
     parser.add_argument("--path", choices=["sm80", "sm90"], help="kernel path (default: the GPU's)")
     parser.add_argument(
@@ -451,6 +552,8 @@ def main() -> None:
     options = parser.parse_args()
     options.grow = min(options.grow, GROW_STEPS)
     small = options.sanitize or options.dry_run
+    if options.sanitize:
+        options.chains = 3
     options.padded = (8, 64) if small else PADDED
     options.pool = (1 << 15) if small else (1 << 17)
     options.longest = 1 << 14 if small else 1 << 15
@@ -463,7 +566,8 @@ def main() -> None:
         rows = [*check.rows, summary]
         name = f"kernel_check-{common.gpu_slug()}.jsonl"
         common.write_rows(name, rows, ("case", "config", "path"))
-    sys.exit(bool(summary["out_of_bounds"]) or not summary["cases"])
+    seen = summary["cases_with_chains"] if options.chains else summary["cases"]
+    sys.exit(bool(summary["out_of_bounds"]) or not seen)
 
 
 if __name__ == "__main__":
