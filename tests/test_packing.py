@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from plan_oracle import chain_cut, check_plan, predicted_ps
 from strategies import (
     CHAINY,
+    MODEL,
     TILE_ROWS,
     Batch,
     Setup,
@@ -61,7 +62,7 @@ def words_of(batch: Batch, setup: Setup, search: Search | None = None) -> np.nda
 
 
 def generous(
-    batch: Batch, group: int = 4, heads: int = 8, sharing: str = "auto", model: CostModel = H100
+    batch: Batch, group: int = 4, heads: int = 8, sharing: str = "auto", model: CostModel = MODEL
 ) -> Setup:
     tokens = max(int(batch.host_lens.astype(np.int64).sum()), 1)
     capacity = capacity_for(max(batch.rows, 1), tokens, 100_000, group, MAX_HORIZON)
@@ -267,7 +268,7 @@ def test_one_slot_less_than_the_best_plan_needs(data: st.DataObject) -> None:
 def test_less_workspace_gives_a_coarser_plan(kind: str, parts: int) -> None:
     batch = large_batch(3, 256, 120, kind)
     capacity = capacity_for(256, int(batch.host_lens.sum()), parts, 4, MAX_HORIZON)
-    words = words_of(batch, Setup(Shape(4, 8, parts, capacity.items), H100, capacity))
+    words = words_of(batch, Setup(Shape(4, 8, parts, capacity.items), MODEL, capacity))
     assert words[layout.H_PARTS] <= parts
     check_plan(words, batch, 4)
     if parts == 0:
@@ -278,7 +279,7 @@ def test_less_workspace_gives_a_coarser_plan(kind: str, parts: int) -> None:
 def test_no_workspace_at_all_is_one_item_a_row() -> None:
     batch = make_batch([-1], [5000], [0] * 40, [5100] * 40)
     capacity = capacity_for(40, 300_000, 0, 8, MAX_HORIZON)
-    words = words_of(batch, Setup(Shape(8, 1, 0, 40), H100, capacity), PLAIN)
+    words = words_of(batch, Setup(Shape(8, 1, 0, 40), MODEL, capacity), PLAIN)
     assert words[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + 3].tolist() == [40, 0, 0]
     assert words[layout.H_PARTS] == 0
     assert words[layout.H_COARSENED] > 0
@@ -561,7 +562,7 @@ def test_one_long_row_is_cut(long: int) -> None:
 def test_a_single_row_uses_the_whole_gpu() -> None:
     batch = make_batch([], [], [-1], [32768])
     words = words_of(batch, generous(batch, group=8, heads=1))
-    assert words[layout.H_ITEM_COUNT] > H100.num_sms // 2
+    assert words[layout.H_ITEM_COUNT] > MODEL.num_sms // 2
 
 
 def test_rows_of_length_zero_and_one() -> None:
