@@ -12,6 +12,7 @@ from cases import make_case, random_forest
 from compare import assert_close, oracle
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
+from pat_sglang.cost import CostModel
 from pat_sglang.host import HostPlanner
 from pat_sglang.packing import Search
 
@@ -19,6 +20,19 @@ HEADS = [(4, 4), (6, 2), (10, 2), (7, 1), (16, 1), (32, 8), (9, 3), (40, 2)]
 CHAIN_HEADS = [(4, 4), (6, 2), (16, 4), (16, 2), (16, 1), (24, 1)]  # groups 1, 3, 4, 8, 16, 24
 CHAIN_ROWS = [16, 64, 128]  # query rows of a chain's items at most: each has a tile of its own
 PAGE = {1: 1, 2: 16}
+
+# Partials are dear and steps are free: chains wherever they are possible, on any GPU.
+CHAINY = CostModel(
+    num_sms=132,
+    item_ps=(400_000, 900_000, 1_500_000),
+    token_ps=(22_500, 22_500, 22_500),
+    reread_ps=(12_000, 12_000, 12_000),
+    solo_item_ps=(2_000_000, 3_500_000, 4_500_000),
+    solo_token_ps=(18_000, 8_000, 12_000),
+    part_ps=2_000_000,
+    step_ps=1,
+    provenance="for tests",
+)
 
 
 @pytest.fixture(params=["best", "sm80"])
@@ -42,7 +56,7 @@ def with_chains(planner, query_rows=128, num_sms=1):
     host = planner.host
     planner.host = HostPlanner(
         replace(host.shape, sharing="on"),
-        replace(host.model, num_sms=num_sms, part_ps=2_000_000, step_ps=1),
+        replace(CHAINY, num_sms=num_sms),
         host.capacity,
         native=False,
         search=Search(chain_rows=(query_rows,), without_chains=False),
