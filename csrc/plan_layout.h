@@ -57,15 +57,16 @@ inline constexpr int32_t kHeaderOffReps = 31;
 // All rows of an item read its shared run: the first run, then upwards. The rows of a chain then read
 // what is their own, fragment by fragment.
 inline constexpr int32_t kItemWords = 12;
-inline constexpr int32_t kItemFirstEntry = 0;     // entry of the first query row
-inline constexpr int32_t kItemHeadOffset = 1;     // head of the group of the first query row
-inline constexpr int32_t kItemQueryRows = 2;      // query rows of the item, at most the tile's
-inline constexpr int32_t kItemFirstSlot = 3;      // offset of the first run in the slot snapshot
-inline constexpr int32_t kItemFirstLength = 4;    // tokens of the first run (a bound for a tail)
-inline constexpr int32_t kItemNextRun = 5;        // run read after the first, -1: none
-inline constexpr int32_t kItemBeyond = 6;         // tokens read beyond the first run
-inline constexpr int32_t kItemTailPosition = 7;   // token position of a tail piece, -1: no tail
-inline constexpr int32_t kItemFirstFragment = 8;  // fragment of the first 16 query rows, -1: no chain
+inline constexpr int32_t kItemFirstEntry = 0;    // entry of the first query row
+inline constexpr int32_t kItemHeadOffset = 1;    // head of the group of the first query row
+inline constexpr int32_t kItemQueryRows = 2;     // query rows of the item, at most the tile's
+inline constexpr int32_t kItemFirstSlot = 3;     // offset of the first run in the slot snapshot
+inline constexpr int32_t kItemFirstLength = 4;   // tokens of the first run (a bound for a tail)
+inline constexpr int32_t kItemNextRun = 5;       // run read after the first, -1: none
+inline constexpr int32_t kItemBeyond = 6;        // tokens read beyond the first run
+inline constexpr int32_t kItemTailPosition = 7;  // token position of a tail piece, -1: no tail
+inline constexpr int32_t kItemFirstFragment =
+    8;  // fragment of the first 16 query rows, -1: no chain
 
 // Fragment: int32 [fragments, kFragmentWords], 16 query rows of a chain.
 inline constexpr int32_t kFragmentWords = 2;
@@ -74,9 +75,9 @@ inline constexpr int32_t kFragmentNumSteps = 1;
 
 // Step: int32 [steps, kStepWords], one contiguous piece of the snapshot, read by some rows of a fragment.
 inline constexpr int32_t kStepWords = 4;
-inline constexpr int32_t kStepSlot = 0;          // offset in the slot snapshot
-inline constexpr int32_t kStepLength = 1;        // tokens (a bound for a tail)
-inline constexpr int32_t kStepRows = 2;          // query rows [lo, hi) of the fragment: lo | hi << 8
+inline constexpr int32_t kStepSlot = 0;    // offset in the slot snapshot
+inline constexpr int32_t kStepLength = 1;  // tokens (a bound for a tail)
+inline constexpr int32_t kStepRows = 2;    // query rows [lo, hi) of the fragment: lo | hi << 8
 inline constexpr int32_t kStepTailPosition = 3;  // as kItemTailPosition
 
 // Entry: int32 [entries, kEntryWords].

@@ -22,8 +22,8 @@ __device__ __forceinline__ void mask_tokens(float (&scores)[kScoreBlocks][4], in
   }
 }
 
-inline constexpr int kScoreBlocks = kBlockRows / 8;   // n8 blocks of the scores
-inline constexpr int kTokenSteps = kBlockRows / 16;   // MMA steps along the tokens
+inline constexpr int kScoreBlocks = kBlockRows / 8;  // n8 blocks of the scores
+inline constexpr int kTokenSteps = kBlockRows / 16;  // MMA steps along the tokens
 
 #if defined(PAT_PATH_SM90)
 

@@ -79,8 +79,13 @@ class Loader {
         tables_.header(kHeaderItemBegin + Config::kTile) + piece / params_.num_kv_heads;
     const Item item = load_item(tables_, params_.live_lens, index);
     const int32_t kv_head = piece % params_.num_kv_heads;
-    const Box box{piece, item.tokens(), item.query_rows, item.first_entry, item.head_offset,
-                  item.first_fragment >= 0, Config::kWide && piece % 2 == 1 && item.tokens() >= kPrivateFirstTokens};
+    const Box box{piece,
+                  item.tokens(),
+                  item.query_rows,
+                  item.first_entry,
+                  item.head_offset,
+                  item.first_fragment >= 0,
+                  Config::kWide && piece % 2 == 1 && item.tokens() >= kPrivateFirstTokens};
     announce(box);
     load_q<Config>(item, kv_head);
     arrive_q<Config>();
@@ -176,8 +181,7 @@ class Loader {
     q_parity_ ^= 1;
     if (lane_ == 0) {
       ptx::store_shared_x4(pair_.box(), {box.piece, box.tokens, box.query_rows, box.first_entry});
-      ptx::store_shared_x4(pair_.box() + 16,
-                           {box.head_offset, box.is_chain, box.private_first, 0});
+      ptx::store_shared_x4(pair_.box() + 16, {box.head_offset, box.is_chain, box.private_first, 0});
     }
   }
 
@@ -196,8 +200,7 @@ class Loader {
     const bool valid = lane_ < min(rows, kFragmentRows);
     const int32_t r = valid ? fragment_of<Config>() * kFragmentRows + lane_ : 0;
     const QueryRow query(tables_, item, r, kv_head, params_.group_size);
-    const int64_t my_offset =
-        int64_t{query.row} * params_.q_row_stride + query.head * kHeadDim;
+    const int64_t my_offset = int64_t{query.row} * params_.q_row_stride + query.head * kHeadDim;
     const bool overflowed = valid && __ldg(params_.live_lens + query.row) < 0;
     const Element* q = static_cast<const Element*>(params_.q) + lane_ % kRowChunks * 8;
     const uint32_t to = mine_.q() + lane_offset_;

@@ -74,8 +74,8 @@ __device__ __forceinline__ void merge_pair(const DecodeParams& params, int32_t r
                                            bool padding) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32 % kWarpsPerPair;
-  Element* to = static_cast<Element*>(params.out) + int64_t{row} * params.out_row_stride + head * kHeadDim +
-                lane * kLaneValues;
+  Element* to = static_cast<Element*>(params.out) + int64_t{row} * params.out_row_stride +
+                head * kHeadDim + lane * kLaneValues;
   State state;
   if (padding) {
     if (warp == 0) store(to, state.sum, 0.f);

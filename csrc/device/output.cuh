@@ -24,8 +24,9 @@ __device__ __forceinline__ void write_rows(const DecodeParams& params, const Row
     // No token: zeros when final, weight zero (-inf) when partial.
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;
     if (part < 0) {
-      uint32_t* to = reinterpret_cast<uint32_t*>(
-          static_cast<Element*>(params.out) + int64_t{row} * params.out_row_stride + head * kHeadDim);
+      uint32_t* to =
+          reinterpret_cast<uint32_t*>(static_cast<Element*>(params.out) +
+                                      int64_t{row} * params.out_row_stride + head * kHeadDim);
 #pragma unroll
       for (int n = 0; n < kOutBlocks; ++n) {
         to[n * 4 + lane % 4] = ptx::pack<Element>(rows.out[n][2 * half] * inverse,
@@ -41,8 +42,8 @@ __device__ __forceinline__ void write_rows(const DecodeParams& params, const Row
       float2* to = reinterpret_cast<float2*>(params.partial_out + index * kHeadDim);
 #pragma unroll
       for (int n = 0; n < kOutBlocks; ++n) {
-        to[n * 4 + lane % 4] = make_float2(rows.out[n][2 * half] * inverse,
-                                           rows.out[n][2 * half + 1] * inverse);
+        to[n * 4 + lane % 4] =
+            make_float2(rows.out[n][2 * half] * inverse, rows.out[n][2 * half + 1] * inverse);
       }
     }
   }

@@ -22,7 +22,7 @@ struct DecodeParams {
   float* __restrict__ partial_out;        // [parts, q_heads, d]
   float* __restrict__ partial_lse;        // [parts, q_heads], base 2
 
-  int32_t q_row_stride, out_row_stride;    // elements between request rows
+  int32_t q_row_stride, out_row_stride;   // elements between request rows
   uint32_t k_slot_stride, v_slot_stride;  // bytes between slots
   int32_t plan_words, slot_words;         // sizes of `plan` and `slots`
   int32_t rows_padded, num_q_heads, num_kv_heads, group_size;

@@ -23,10 +23,10 @@
 namespace pat {
 
 inline constexpr int kHalves = 2;
-inline constexpr int kHalfThreads = kWarps * 32;                // of one role
-inline constexpr int kThreads = 2 * kHalves * kHalfThreads;     // [role][half][warp][lane]
+inline constexpr int kHalfThreads = kWarps * 32;             // of one role
+inline constexpr int kThreads = 2 * kHalves * kHalfThreads;  // [role][half][warp][lane]
 inline constexpr int kBlocksPerSm = 1;
-inline constexpr int kWorkers = kHalves;  // of a block
+inline constexpr int kWorkers = kHalves;           // of a block
 inline constexpr int kLoaderArrivals = 33;         // 32 lanes' copies, and lane 0's word about them
 inline constexpr int kReaders = kHalves * kWarps;  // weight with which a slice is released
 

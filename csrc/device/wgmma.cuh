@@ -22,9 +22,7 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
 /// To add to a descriptor so that it starts `bytes` later.
 __device__ constexpr uint64_t offset(uint32_t bytes) { return bytes >> 4; }
 
-__device__ __forceinline__ void fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -55,7 +53,8 @@ __device__ __forceinline__ void mma_shared(float (&c)[8][4], uint64_t a, uint64_
                                            bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." PAT_WGMMA_TYPE " "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." PAT_WGMMA_TYPE
+      " "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
       "%32, %33, p, 1, 1, 0, 0;\n}\n"
@@ -67,30 +66,30 @@ __device__ __forceinline__ void mma_shared(float (&c)[8][4], uint64_t a, uint64_
 /// c (64 x 128) += a b: a 64 x 16 in registers, b 16 x 128 in shared memory, columns fastest.
 __device__ __forceinline__ void mma_registers(float (&c)[16][4], const uint32_t (&a)[4],
                                               uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." PAT_WGMMA_TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-      : PAT_ACC4(0), PAT_ACC4(1), PAT_ACC4(2), PAT_ACC4(3), PAT_ACC4(4), PAT_ACC4(5), PAT_ACC4(6),
-        PAT_ACC4(7), PAT_ACC4(8), PAT_ACC4(9), PAT_ACC4(10), PAT_ACC4(11), PAT_ACC4(12),
-        PAT_ACC4(13), PAT_ACC4(14), PAT_ACC4(15)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." PAT_WGMMA_TYPE
+               " "
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+               "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+               : PAT_ACC4(0), PAT_ACC4(1), PAT_ACC4(2), PAT_ACC4(3), PAT_ACC4(4), PAT_ACC4(5),
+                 PAT_ACC4(6), PAT_ACC4(7), PAT_ACC4(8), PAT_ACC4(9), PAT_ACC4(10), PAT_ACC4(11),
+                 PAT_ACC4(12), PAT_ACC4(13), PAT_ACC4(14), PAT_ACC4(15)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 /// The same for 64 columns.
 __device__ __forceinline__ void mma_registers(float (&c)[8][4], const uint32_t (&a)[4],
                                               uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." PAT_WGMMA_TYPE " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-      : PAT_ACC4(0), PAT_ACC4(1), PAT_ACC4(2), PAT_ACC4(3), PAT_ACC4(4), PAT_ACC4(5), PAT_ACC4(6),
-        PAT_ACC4(7)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." PAT_WGMMA_TYPE
+               " "
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+               "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+               : PAT_ACC4(0), PAT_ACC4(1), PAT_ACC4(2), PAT_ACC4(3), PAT_ACC4(4), PAT_ACC4(5),
+                 PAT_ACC4(6), PAT_ACC4(7)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 #undef PAT_ACC4
