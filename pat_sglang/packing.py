@@ -232,8 +232,9 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
     A bound of list scheduling. No plan is faster than its SM time spread over all SMs. And an item
     ends no later than it starts, plus its solo time. It starts at once if it fits on the GPU
     beside all that are as long or longer; else when the work of those before it is spread over
-    the SMs. Adding the longest solo time to the mean of all work instead would be right only if
-    the longest item started last: much too pessimistic for long items that start first.
+    the SMs. Items of one length run in waves, which is the better bound when the GPU holds many of
+    them at a time. Adding the longest solo time to the mean of all work instead would be right only
+    if the longest item started last: much too pessimistic for long items that start first.
 
     To be spared a sort, items are as long as each other if their solo times are in the same quarter
     octave; the last of them then starts behind all the others, and is the longest.
@@ -241,17 +242,21 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
     buckets: dict[int, list[Load]] = {}
     for load in loads:
         buckets.setdefault(_bucket(load.solo_ps), []).append(load)
-    # Eighths of an SM; a bucket with all that are longer.
-    eighths = work_ps = end_ps = 0
+    eighths = work_ps = end_ps = 0  # eighths of an SM; of the longer buckets
     for _, bucket in sorted(buckets.items(), reverse=True):
+        longest_ps = max(load.solo_ps for load in bucket)
+        of_bucket = sum(load.items * 8 // PIECES_PER_SM[load.tile] for load in bucket)
         of_bucket_ps = sum(load.work_ps for load in bucket)
+        before_ps = work_ps * num_kv_heads // num_sms
+        eighths += of_bucket
         work_ps += of_bucket_ps
-        eighths += sum(load.items * 8 // PIECES_PER_SM[load.tile] for load in bucket)
-        start_ps = 0
-        if eighths * num_kv_heads > 8 * num_sms:
-            last_ps = of_bucket_ps // sum(load.items for load in bucket)
-            start_ps = (work_ps * num_kv_heads - last_ps) // num_sms
-        end_ps = max(end_ps, start_ps + max(load.solo_ps for load in bucket))
+        if eighths * num_kv_heads <= 8 * num_sms:
+            end_ps = max(end_ps, longest_ps)
+            continue
+        last_ps = of_bucket_ps // sum(load.items for load in bucket)
+        start_ps = (work_ps * num_kv_heads - last_ps) // num_sms
+        waves = -(-of_bucket * num_kv_heads // (8 * num_sms))
+        end_ps = max(end_ps, min(start_ps + longest_ps, before_ps + waves * longest_ps))
     return max(work_ps * num_kv_heads // num_sms, end_ps)
 
 

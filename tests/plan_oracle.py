@@ -7,6 +7,7 @@ the names of the header words.
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -242,7 +243,8 @@ class Load(NamedTuple):
 
 
 def bound_ps(loads: list[Load], setup: Setup) -> int:
-    """When the last item ends: all that are as long as an item, or longer, start before it.
+    """When the last item ends: all that are as long as an item, or longer, start before it; or in
+    waves of those as long as it, behind the longer ones, whichever is earlier.
 
     As long as it: the same octave of the solo time, and the same quarter of it. What fits on the
     GPU side by side starts at once: 8, 2 or 1 items of the three tiles on each SM.
@@ -259,13 +261,17 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
     for of in {length(load) for load in loads}:
         same = [load for load in loads if length(load) == of]
         first = [load for load in loads if length(load) >= of]
-        start = 0
+        longest = max(load.solo_ps for load in same)
+        ends = [longest]
         if sum(Fraction(load.items * heads, (8, 2, 1)[load.tile]) for load in first) > num_sms:
             work = sum(load.work_ps for load in same) * heads
             last = work // (sum(load.items for load in same) * heads)
             before = sum(load.work_ps for load in first) * heads
-            start = (before - last) // num_sms
-        end = max(end, start + max(load.solo_ps for load in same))
+            share = sum(Fraction(load.items * heads, (8, 2, 1)[load.tile]) for load in same)
+            waves = math.ceil(share / num_sms)
+            ends = [(before - last) // num_sms + longest]
+            ends.append((before - work) // num_sms + waves * longest)
+        end = max(end, min(ends))
     return end
 
 

@@ -39,18 +39,27 @@ class Schedule {
 
   /// When all are done, longest first, for every KV head.
   int64_t predict(int64_t num_kv_heads, int64_t num_sms) const {
-    const int64_t room = 8 * num_sms / num_kv_heads;  // eighths of an SM, for one KV head
-    int64_t eighths = 0, work_ps = 0, end_ps = 0;     // of a bucket with all that are longer
+    int64_t eighths = 0, work_ps = 0, end_ps = 0;  // of the longer buckets
     for (int32_t i = highest_; i >= lowest_; --i) {
       const Bucket& bucket = buckets_[i];
       if (bucket.items == 0) continue;
+      const int64_t before_ps = mul_div(work_ps, num_kv_heads, num_sms);
       eighths += bucket.eighths;
       work_ps += bucket.work_ps;
-      int64_t start_ps = 0;
-      if (eighths > room) {
-        start_ps = mul_div(work_ps, num_kv_heads, num_sms, bucket.work_ps / bucket.items);
+      if (eighths * num_kv_heads <= 8 * num_sms) {
+        end_ps = std::max(end_ps, bucket.longest_ps);
+        continue;
       }
-      end_ps = std::max(end_ps, start_ps + bucket.longest_ps);
+      const int64_t start_ps =
+          mul_div(work_ps, num_kv_heads, num_sms, bucket.work_ps / bucket.items);
+      const int64_t waves = (bucket.eighths * num_kv_heads + 8 * num_sms - 1) / (8 * num_sms);
+      // Waves of 2^31 items of 2^61 ps each pass 64 bits; then the other bound is the lower one.
+      int64_t in_waves_ps;
+      if (__builtin_mul_overflow(waves, bucket.longest_ps, &in_waves_ps) ||
+          __builtin_add_overflow(in_waves_ps, before_ps, &in_waves_ps)) {
+        in_waves_ps = INT64_MAX;
+      }
+      end_ps = std::max(end_ps, std::min(start_ps + bucket.longest_ps, in_waves_ps));
     }
     return std::max(mul_div(work_ps, num_kv_heads, num_sms), end_ps);
   }
