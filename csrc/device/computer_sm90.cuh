@@ -42,9 +42,7 @@ class Computer {
   template <typename Config>
   __device__ void compute(const Box& box) {
     // Known only at the end, asked for now.
-    const int32_t first =
-        Config::kWide ? ((Config::kRowBlocks == 2 ? half_ * kWarps : 0) + warp_) * kFragmentRows
-                      : 0;
+    const int32_t first = first_row<Config>(half_, warp_);
     const int32_t rows_left = box.query_rows - first;
     const bool valid = lane_ < min(rows_left, kFragmentRows);
     const Item item{.first_entry = box.first_entry, .head_offset = box.head_offset};

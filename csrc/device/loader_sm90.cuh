@@ -3,6 +3,7 @@
 // ahead of the computing warps and across the borders of items.
 #pragma once
 
+#include "copy.cuh"
 #include "pipeline_sm90.cuh"
 
 #if defined(PAT_PATH_SM90)
@@ -48,7 +49,6 @@ class Loader {
   }
 
  private:
-  static constexpr int kPasses = kSliceTokens / kRowsPerLoad;
   // Below, a shared run is too short for the order to pay: it costs the halves of a block a rendezvous.
   static constexpr int32_t kPrivateFirstTokens = 1024;
 
@@ -87,7 +87,9 @@ class Loader {
                   item.first_fragment >= 0,
                   Config::kWide && piece % 2 == 1 && item.tokens() >= kPrivateFirstTokens};
     announce(box);
-    load_q<Config>(item, kv_head);
+    // The rows the partner owns; lane 0's arrival covers what all lanes stored.
+    copy_q(params_, tables_, item, first_row<Config>(half_, warp_), kv_head,
+           mine_.q() + warp_ * kSliceBytes);
     arrive_q<Config>();
 
     // This lane's 16-byte chunk of every row of K and V.
@@ -145,14 +147,14 @@ class Loader {
   /// The runs of the partner's own rows.
   template <typename Config>
   __device__ void load_fragment(const Item& item) {
-    const int32_t first_row = fragment_of<Config>() * kFragmentRows;
-    if (first_row >= item.query_rows) return;
-    const int2 fragment = tables_.fragment(item.first_fragment + first_row / kFragmentRows);
+    const int32_t first = first_row<Config>(half_, warp_);
+    if (first >= item.query_rows) return;
+    const int2 fragment = tables_.fragment(item.first_fragment + first / kFragmentRows);
     for (int32_t batch = 0; batch < fragment.y; batch += 32) {
       const int32_t count = min(fragment.y - batch, 32);
       Step mine{};  // lane l's of this batch: one latency for all of them
       if (lane_ < count) {
-        mine = load_step(tables_, params_, fragment.x + batch + lane_, item, first_row);
+        mine = load_step(tables_, params_, fragment.x + batch + lane_, item, first);
       }
       const auto fetch = [&](int32_t step, int32_t offset) {
         const int32_t length = __shfl_sync(0xffffffffu, mine.length, step & 31);
@@ -192,43 +194,6 @@ class Loader {
     if (lane_ == 0) ptx::barrier_arrive(barrier, 1);
   }
 
-  /// The rows the partner owns. Rows beyond the item become zeros; those of a request that outgrew
-  /// its tail become NaN.
-  template <typename Config>
-  __device__ __forceinline__ void load_q(const Item& item, int32_t kv_head) {
-    const int32_t rows = item.query_rows - fragment_of<Config>() * kFragmentRows;
-    const bool valid = lane_ < min(rows, kFragmentRows);
-    const int32_t r = valid ? fragment_of<Config>() * kFragmentRows + lane_ : 0;
-    const QueryRow query(tables_, item, r, kv_head, params_.group_size);
-    const int64_t my_offset = int64_t{query.row} * params_.q_row_stride + query.head * kHeadDim;
-    const bool overflowed = valid && __ldg(params_.live_lens + query.row) < 0;
-    const Element* q = static_cast<const Element*>(params_.q) + lane_ % kRowChunks * 8;
-    const uint32_t to = mine_.q() + lane_offset_;
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int in_fragment = pass * kRowsPerLoad + lane_ / kRowChunks;
-      const int64_t offset = __shfl_sync(0xffffffffu, my_offset, in_fragment);
-      ptx::cp_async_16(down(to, pass), q + offset, in_fragment < rows);
-    }
-    if (__any_sync(0xffffffffu, overflowed)) {
-      ptx::cp_async_commit();
-      ptx::cp_async_wait<0>();
-      __syncwarp();
-      for (int i = 0; overflowed && i < kRowChunks; ++i) {
-        constexpr int32_t kNaNs = 0x7fff7fff;  // two, in either type
-        ptx::store_shared_x4(mine_.q() + swizzled(warp_ * kFragmentRows + lane_, i),
-                             {kNaNs, kNaNs, kNaNs, kNaNs});
-      }
-      __syncwarp();  // lane 0's arrival covers what all lanes stored
-    }
-  }
-
-  /// Fragment of the item that the partner owns.
-  template <typename Config>
-  __device__ int fragment_of() const {
-    return Config::kWide ? (Config::kRowBlocks == 2 ? half_ * kWarps : 0) + warp_ : 0;
-  }
-
   __device__ __forceinline__ void await_empty() {
     ptx::barrier_wait(pair_.slice_empty(ring_.stage()), ring_.parity() ^ 1);
   }
@@ -246,40 +211,34 @@ class Loader {
 
   /// K, then V of this warp's slice of two ring entries. `slot`: lane l's, of token l.
   __device__ __forceinline__ void load_slices(uint32_t full, int32_t slot, int32_t word) {
-    uint32_t slots[kPasses];  // of the row this lane copies in each pass
+    uint32_t slots[kCopyPasses];  // of the row this lane copies in each pass
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      slots[pass] = __shfl_sync(0xffffffffu, slot, pass * kRowsPerLoad + lane_ / kRowChunks);
+    for (int pass = 0; pass < kCopyPasses; ++pass) {
+      slots[pass] = __shfl_sync(0xffffffffu, slot, copied_row(lane_, pass));
     }
     load_slice(k_, params_.k_slot_stride, full, slots, word);
     load_slice(v_, params_.v_slot_stride, full, slots, word);
   }
 
   __device__ __forceinline__ void load_slice(const char* from, uint32_t slot_stride, uint32_t full,
-                                             const uint32_t (&slots)[kPasses], int32_t word) {
+                                             const uint32_t (&slots)[kCopyPasses], int32_t word) {
     await_empty();
     const uint32_t to = mine_.entry(ring_.stage()) + lane_offset_;
     const int32_t valid = Slice::valid(word);
     if (valid == kSliceTokens) {
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        ptx::cp_async_16(down(to, pass), ptx::multiply_add(slots[pass], slot_stride, from), true);
+      for (int pass = 0; pass < kCopyPasses; ++pass) {
+        ptx::cp_async_16(copied_to(to, pass), ptx::multiply_add(slots[pass], slot_stride, from),
+                         true);
       }
     } else {  // tokens that do not exist become zeros
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        ptx::cp_async_16(down(to, pass), ptx::multiply_add(slots[pass], slot_stride, from),
-                         pass * kRowsPerLoad + lane_ / kRowChunks < valid);
+      for (int pass = 0; pass < kCopyPasses; ++pass) {
+        ptx::cp_async_16(copied_to(to, pass), ptx::multiply_add(slots[pass], slot_stride, from),
+                         copied_row(lane_, pass) < valid);
       }
     }
     arrive(full, word);
-  }
-
-  /// From this lane's address of the first pass to that of another: rows advance by 2 or 4 from one
-  /// below, so the swizzle's row bits advance by XOR.
-  __device__ static uint32_t down(uint32_t address, int pass) {
-    const int rows = pass * kRowsPerLoad;
-    return (address ^ ((rows & 7) << 4)) + rows * kPanelRowBytes;
   }
 
   const DecodeParams& params_;

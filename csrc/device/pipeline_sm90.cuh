@@ -109,6 +109,13 @@ class Pair {
   uint32_t base_;
 };
 
+/// Query row of the item where the fragment of a pair starts.
+template <typename Config>
+__device__ __forceinline__ int32_t first_row(int half, int warp) {
+  if constexpr (!Config::kWide) return 0;
+  return ((Config::kRowBlocks == 2 ? half * kWarps : 0) + warp) * kFragmentRows;
+}
+
 /// By one thread, before a barrier of the whole block.
 __device__ __forceinline__ void init_barriers(uint32_t shared) {
   for (int h = 0; h < kHalves; ++h) {
