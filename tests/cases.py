@@ -3,12 +3,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from pat_sglang.cost import CostModel
 from pat_sglang.forest import Forest
+
+# Like a Hopper GPU, but fixed: tuning the shipped constants changes no expected plan.
+MODEL = CostModel(
+    num_sms=132,
+    item_ps=(400_000, 900_000, 1_500_000),
+    token_ps=(22_500, 22_500, 22_500),
+    reread_ps=(12_000, 12_000, 12_000),
+    solo_item_ps=(2_000_000, 3_500_000, 4_500_000),
+    solo_token_ps=(18_000, 8_000, 12_000),
+    part_ps=83_000,
+    step_ps=100_000,
+    provenance="for tests",
+)
+# Partials are dear and steps are free: chains wherever they are possible, on any GPU.
+CHAINY = replace(MODEL, part_ps=2_000_000, step_ps=1)
 
 WILD_SLOT = 2**31 - 1  # in unused entries of req_to_token: reading it is a crash, not a guess
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from cases import CHAINY
 from hypothesis import strategies as st
 
 from pat_sglang.cost import A100, H100, H200, CostModel
@@ -160,21 +161,6 @@ large_batches = st.builds(
     num_nodes=st.sampled_from((1, 20, 200, 600)),
     kind=st.sampled_from(("tree", "chain", "star", "levels")),
 )
-
-# Partials are dear and steps are free: chains wherever they are possible.
-# Like a Hopper GPU, but fixed: tuning the shipped constants changes no expected plan.
-MODEL = CostModel(
-    num_sms=132,
-    item_ps=(400_000, 900_000, 1_500_000),
-    token_ps=(22_500, 22_500, 22_500),
-    reread_ps=(12_000, 12_000, 12_000),
-    solo_item_ps=(2_000_000, 3_500_000, 4_500_000),
-    solo_token_ps=(18_000, 8_000, 12_000),
-    part_ps=83_000,
-    step_ps=100_000,
-    provenance="for tests",
-)
-CHAINY = replace(MODEL, part_ps=2_000_000, step_ps=1)
 
 _prices = st.tuples(*[st.integers(1, 4_000_000)] * 3)
 _tokens = st.tuples(*[st.integers(1, 100_000)] * 3)

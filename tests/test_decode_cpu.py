@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import make_case, random_forest
-from strategies import CHAINY
+from cases import CHAINY, make_case, random_forest
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
 from pat_sglang.host import HostPlanner

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import plan_oracle
 import pytest
+from cases import CHAINY, MODEL
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from plan_oracle import chain_cut, check_plan, predicted_ps
 from strategies import (
-    CHAINY,
-    MODEL,
     TILE_ROWS,
     Batch,
     Setup,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import CHAINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_oracle import check_plan
 from strategies import (
-    CHAINY,
     Batch,
     Setup,
     batches,

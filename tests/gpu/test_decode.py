@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import make_case, random_forest
+from cases import CHAINY, make_case, random_forest
 from compare import assert_close, oracle
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
-from pat_sglang.cost import CostModel
 from pat_sglang.host import HostPlanner
 from pat_sglang.packing import Search
 
@@ -20,19 +19,6 @@ HEADS = [(4, 4), (6, 2), (10, 2), (7, 1), (16, 1), (32, 8), (9, 3), (40, 2)]
 CHAIN_HEADS = [(4, 4), (6, 2), (16, 4), (16, 2), (16, 1), (24, 1)]  # groups 1, 3, 4, 8, 16, 24
 CHAIN_ROWS = [16, 64, 128]  # query rows of a chain's items at most: each has a tile of its own
 PAGE = {1: 1, 2: 16}
-
-# Partials are dear and steps are free: chains wherever they are possible, on any GPU.
-CHAINY = CostModel(
-    num_sms=132,
-    item_ps=(400_000, 900_000, 1_500_000),
-    token_ps=(22_500, 22_500, 22_500),
-    reread_ps=(12_000, 12_000, 12_000),
-    solo_item_ps=(2_000_000, 3_500_000, 4_500_000),
-    solo_token_ps=(18_000, 8_000, 12_000),
-    part_ps=2_000_000,
-    step_ps=1,
-    provenance="for tests",
-)
 
 
 @pytest.fixture(params=["best", "sm80"])
@@ -85,6 +71,15 @@ def run(case, plan, padded=0):
     return out
 
 
+def check_batch(planner, heads, head_dim, batch, dtype, seed):
+    """Plans a batch, validates the plan and compares its output, padded, with the oracle."""
+    case = cuda_case(heads, head_dim, *batch, dtype, seed=seed, page_size=PAGE[1 + seed % 2])
+    plan = plan_case(planner, case)
+    plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    assert_close(run(case, plan, padded=seed), case)
+    return plan
+
+
 @pytest.mark.parametrize("sharing", ["on", "off"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -93,13 +88,8 @@ def test_random_forests(make_planner, heads, head_dim, dtype, sharing):
     rng = np.random.default_rng(hash((heads, head_dim)) % 2**31)
     planner = make_planner(*heads, head_dim, dtype, sharing=sharing)
     for seed, (rows, longest) in enumerate([(1, 700), (5, 300), (40, 500), (150, 90)]):
-        case = cuda_case(
-            heads, head_dim, *random_forest(rng, rows, max_len=longest), dtype, seed=seed,
-            page_size=PAGE[1 + seed % 2],
-        )  # fmt: skip
-        plan = plan_case(planner, case)
-        plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
-        assert_close(run(case, plan, padded=seed), case)
+        batch = random_forest(rng, rows, max_len=longest)
+        check_batch(planner, heads, head_dim, batch, dtype, seed)
 
 
 def test_graph_replay_with_changing_plans(make_planner):
@@ -196,13 +186,8 @@ def test_chains_on_random_forests(make_planner, heads, head_dim, dtype, query_ro
     planner = with_chains(make_planner(*heads, head_dim, dtype), query_rows, num_sms)
     chains = 0
     for seed, (rows, longest) in enumerate([(3, 900), (12, 300), (40, 120), (150, 40)]):
-        case = cuda_case(
-            heads, head_dim, *random_forest(rng, rows, max_len=longest), dtype, seed=seed,
-            page_size=PAGE[1 + seed % 2],
-        )  # fmt: skip
-        plan = plan_case(planner, case)
-        plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
-        assert_close(run(case, plan, padded=seed), case)
+        batch = random_forest(rng, rows, max_len=longest)
+        plan = check_batch(planner, heads, head_dim, batch, dtype, seed)
         chains += plan.stats.chains
     assert chains > 0
 

@@ -95,6 +95,17 @@ class Fixture:
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer[empty] = torch.randn(empty.numel(), KV_HEADS, HEAD_DIM)
 
+    def prepared(self, rows):
+        """Requests that share SYSTEM, ready for a decode step: prompts written, plan made."""
+        reqs = [self.serve([*SYSTEM, i]) for i in range(rows)]
+        batch = self.scheduler.decode(reqs)
+        for req in reqs:
+            self.prefill(req)
+        on_init_new(None, None, batch, self.runner)
+        view = self.forward_batch(batch)
+        self.backend.init_forward_metadata(view)
+        return view
+
     def decode(self, batch, padded_rows=None, replay=False):
         """One decode step through PAT, each layer compared with base and reference."""
         on_init_new(None, None, batch, self.runner)
@@ -452,13 +463,7 @@ def test_unknown_arguments_go_to_the_base():
 
 def test_kv_that_is_not_written():
     fixture = Fixture()
-    reqs = [fixture.serve([*SYSTEM, i]) for i in range(2)]
-    batch = fixture.scheduler.decode(reqs)
-    for req in reqs:
-        fixture.prefill(req)
-    on_init_new(None, None, batch, fixture.runner)
-    view = fixture.forward_batch(batch)
-    fixture.backend.init_forward_metadata(view)
+    view = fixture.prepared(2)
     q, kv = torch.randn(2, HEADS * HEAD_DIM), torch.randn(2, KV_HEADS, HEAD_DIM)
     before = fixture.pool.k_buffer[0].clone()
     fixture.backend.forward_decode(q, kv, kv, fixture.layers[0], view, save_kv_cache=False)
@@ -468,13 +473,7 @@ def test_kv_that_is_not_written():
 
 def test_queries_in_a_strided_view(fixture):
     """Models split q out of one qkv tensor."""
-    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
-    batch = fixture.scheduler.decode(reqs)
-    for req in reqs:
-        fixture.prefill(req)
-    on_init_new(None, None, batch, fixture.runner)
-    view = fixture.forward_batch(batch)
-    fixture.backend.init_forward_metadata(view)
+    view = fixture.prepared(3)
     wide = torch.randn(3, HEADS * HEAD_DIM + 100)
     q = wide[:, : HEADS * HEAD_DIM]
     layer = fixture.layers[0]
@@ -484,13 +483,7 @@ def test_queries_in_a_strided_view(fixture):
 
 def test_queries_with_gaps_between_heads(fixture):
     """A gate beside every query head leaves strides that the kernels do not take."""
-    reqs = [fixture.serve([*SYSTEM, i]) for i in range(3)]
-    batch = fixture.scheduler.decode(reqs)
-    for req in reqs:
-        fixture.prefill(req)
-    on_init_new(None, None, batch, fixture.runner)
-    view = fixture.forward_batch(batch)
-    fixture.backend.init_forward_metadata(view)
+    view = fixture.prepared(3)
     q = torch.randn(3, HEADS, 2 * HEAD_DIM)[:, :, :HEAD_DIM]
     layer = fixture.layers[0]
     gaps = fixture.backend.forward_decode(q, None, None, layer, view)
