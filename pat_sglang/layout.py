@@ -18,7 +18,6 @@ tails      ``[rows, 4]``           ``slot offset, first position, capacity, 0``
 entries    ``[entries, 2]``        ``row, partial slot`` (-1: the item writes the output itself)
 reps       ``[segments]``          row whose ``req_to_token`` line holds the segment's slots
 part_ptr   ``[rows + 1]``          first partial slot of each row; none for a row written directly
-merge_rows ``[merge_rows]``        rows that have partial slots, ascending
 ========== ======================= ==============================================================
 
 A work item reads its *first run* and then walks up ``next run`` until it has read ``tokens beyond
@@ -67,7 +66,6 @@ HEADER_WORDS = 32
     H_OFF_FRAGMENTS,
     H_OFF_STEPS,
     H_OFF_PART_PTR,
-    H_OFF_MERGE_ROWS,
     H_OFF_TAILS,
     H_RUNS,
     H_PARTS,
@@ -82,10 +80,9 @@ HEADER_WORDS = 32
     H_PREDICTED_NS,
     H_FRAGMENTS,
     H_STEPS,
-    H_MERGE_ROWS,
     H_CHAINS,
     H_OFF_REPS,
-) = (0, 1, 2, 5, *range(8, 32))
+) = (0, 1, 2, 5, *range(8, 30))
 ITEM_WORDS = 12
 FRAGMENT_WORDS = 2
 STEP_WORDS = 4
@@ -94,7 +91,7 @@ RUN_WORDS = 4
 TAIL_WORDS = 4
 SLOT_ALIGN = 4  # every run and tail of the snapshot starts at a multiple of this
 TABLE_ALIGN = 4  # every table of the plan too
-NUM_TABLES = 10
+NUM_TABLES = 9
 
 STEP_HI_SHIFT = 8  # in the word that holds lo and hi
 
@@ -132,7 +129,7 @@ def capacity_for(
     words += ITEM_WORDS * items + ENTRY_WORDS * entries
     words += (FRAGMENT_WORDS + STEP_WORDS * (MAX_CHAIN_DEPTH + 1)) * fragments
     words += (RUN_WORDS + 1) * max_rows  # runs and reps
-    words += (TAIL_WORDS + 2) * max_rows + 1  # tails, part_ptr and merge_rows
+    words += (TAIL_WORDS + 1) * max_rows + 1  # tails and part_ptr
     return Capacity(max_rows, max_parts, items, slots, words)
 
 
@@ -274,7 +271,6 @@ def lay_out(tree: SegmentTree, packing: Packing, shape: Shape, capacity: Capacit
     for of_kind in items.of_kind:
         of_kind.sort(key=lambda item: -item[0])  # stable: heaviest first, then as created
     counts = [len(of_kind) for of_kind in items.of_kind]
-    merge_rows = [row for row, count in enumerate(parts_of_row) if count > 1]
 
     header = [0] * HEADER_WORDS
     words = np.zeros(HEADER_WORDS, np.int32)
@@ -296,7 +292,6 @@ def lay_out(tree: SegmentTree, packing: Packing, shape: Shape, capacity: Capacit
         (H_OFF_ENTRIES, items.entries),
         (H_OFF_REPS, [segment.first_row for segment in tree.segments]),
         (H_OFF_PART_PTR, part_ptr),
-        (H_OFF_MERGE_ROWS, merge_rows),
     ):
         header[field_] = _align(words.size, TABLE_ALIGN)
         padding = np.zeros(header[field_] - words.size, np.int32)
@@ -320,7 +315,6 @@ def lay_out(tree: SegmentTree, packing: Packing, shape: Shape, capacity: Capacit
     header[H_PREDICTED_NS] = min(packing.predicted_ps // 1000, 2**31 - 1)
     header[H_FRAGMENTS] = len(items.fragments)
     header[H_STEPS] = len(items.steps)
-    header[H_MERGE_ROWS] = len(merge_rows)
     header[H_CHAINS] = items.chains
     words[:HEADER_WORDS] = header
     return words
@@ -339,7 +333,6 @@ class PlanTables:
     entries: Int32Array
     reps: Int32Array
     part_ptr: Int32Array
-    merge_rows: Int32Array
 
     @classmethod
     def parse(cls, words: Int32Array) -> PlanTables:
@@ -362,7 +355,6 @@ class PlanTables:
             entries=table(H_OFF_ENTRIES, int(header[H_ENTRIES]), ENTRY_WORDS),
             reps=table(H_OFF_REPS, runs, 1)[:, 0],
             part_ptr=table(H_OFF_PART_PTR, rows + 1, 1)[:, 0],
-            merge_rows=table(H_OFF_MERGE_ROWS, int(header[H_MERGE_ROWS]), 1)[:, 0],
         )
 
     def kind_of_item(self, index: int) -> int:

@@ -85,7 +85,7 @@ def explain(stats: PlanStats, words: Int32Array) -> str:
     ]
     lines.append(
         f"work items per KV head: {stats.items}, {stats.partial_slots} partials of "
-        f"{len(tables.merge_rows)} rows"
+        f"{np.count_nonzero(np.diff(tables.part_ptr))} rows"
     )
     if stats.chains:
         lines.append(

@@ -19,7 +19,7 @@ from pat_sglang import layout
 NOBODY = -1  # name of a slot nothing was gathered into
 WIDTH = {  # words of one row of each table, in the order of the tables in the plan
     "ITEMS": 12, "FRAGMENTS": 2, "STEPS": 4, "RUNS": 4, "TAILS": 4, "ENTRIES": 2, "REPS": 1,
-    "PART_PTR": 1, "MERGE_ROWS": 1,
+    "PART_PTR": 1,
 }  # fmt: skip
 
 
@@ -45,7 +45,6 @@ def split_tables(words: np.ndarray) -> dict[str, list[list[int]]]:
         "ENTRIES": header[layout.H_ENTRIES],
         "REPS": header[layout.H_RUNS],
         "PART_PTR": header[layout.H_ROWS] + 1,
-        "MERGE_ROWS": header[layout.H_MERGE_ROWS],
     }
     tables, end = {}, 32
     for name, width in WIDTH.items():
@@ -214,8 +213,6 @@ def check_plan(
         wanted = list(range(part_ptr[row], part_ptr[row + 1]))
         assert sorted(parts) == (wanted if len(parts) > 1 else [-1]), f"row {row} head {head}"
         assert len(wanted) != 1, f"row {row} has one item and a partial"
-    merged = [[row] for row in range(batch.rows) if part_ptr[row] < part_ptr[row + 1]]
-    assert tables["MERGE_ROWS"] == merged
 
     # Items in the smallest tile that holds them, heaviest first.
     empty = np.zeros(header[layout.H_SLOTS], np.int64)

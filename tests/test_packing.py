@@ -28,7 +28,7 @@ from strategies import (
 from pat_sglang import layout
 from pat_sglang.cost import H100, TILES, CostModel, cost_model_for, tiles_of
 from pat_sglang.forest import SegmentTree, build_segment_tree
-from pat_sglang.layout import capacity_for, lay_out
+from pat_sglang.layout import PlanTables, capacity_for, lay_out
 from pat_sglang.packing import (
     MAX_HORIZON,
     WALL_EIGHTHS,
@@ -378,7 +378,7 @@ def test_a_chain_leaves_no_partial() -> None:
     assert words[layout.H_CHAINS] == 1
     assert words[layout.H_FRAGMENTS] == 2
     assert words[layout.H_STEPS] == 1 + 4 + 4
-    assert words[layout.H_PARTS] == words[layout.H_MERGE_ROWS] == 0
+    assert words[layout.H_PARTS] == 0
     assert words[layout.H_PLANNED_TOKENS] == 640 + 64 + 4 * 10 + 4 * 20
     work = 20 + 640 * 3 + (64 + 40 + 80) * 3 + 9 * 7
     solo = 200 + 640 * 2 + (64 + 40) * 5
@@ -516,10 +516,8 @@ def test_a_long_tail_leaves_its_chain() -> None:
     assert [pack.rows for pack in packing.packs if pack.is_tail] == [(3,)]
     words = words_of(batch, setup)
     check_plan(words, batch, 4)
-    at = words[layout.H_OFF_MERGE_ROWS]
-    assert words[at : at + words[layout.H_MERGE_ROWS]].tolist() == (
-        [3] if cut.num_chunks == 1 else list(range(32))
-    )
+    parts = np.diff(PlanTables.parse(words).part_ptr)
+    assert np.nonzero(parts)[0].tolist() == ([3] if cut.num_chunks == 1 else list(range(32)))
 
 
 def test_long_private_steps_get_smaller_items() -> None:

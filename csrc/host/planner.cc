@@ -63,8 +63,8 @@ int64_t Planner::place_slots(const SegmentTree& tree, int32_t horizon) {
   return slots;
 }
 
-// Partial slots by prefix sum; a row that is computed once needs none. Returns the rows that do.
-int32_t Planner::number_parts(const Packing& packing) {
+// Partial slots by prefix sum; a row that is computed once needs none.
+void Planner::number_parts(const Packing& packing) {
   const int32_t num_rows = tree_.num_rows();
   int32_t* parts = next_part_.fit(num_rows);
   std::copy_n(packing.num_chunks.data() + packing.num_shared, num_rows, parts);
@@ -74,17 +74,15 @@ int32_t Planner::number_parts(const Packing& packing) {
     for (int32_t r = 0; r < pack.num_rows; ++r) parts[rows[r]] += packing.num_chunks[i];
   }
   int32_t* part_ptr = part_ptr_.fit(num_rows + 1);
-  int32_t sum = 0, num_merge_rows = 0;
+  int32_t sum = 0;
   for (int32_t row = 0; row < num_rows; ++row) {
     part_ptr[row] = sum;
     const bool is_direct = parts[row] == 1;
     const int32_t next = is_direct ? -1 : sum;
     sum += is_direct ? 0 : parts[row];
-    num_merge_rows += !is_direct;
     parts[row] = next;
   }
   part_ptr[num_rows] = sum;
-  return num_merge_rows;
 }
 
 Planner::Counts Planner::count(const Packing& packing) const {
@@ -127,13 +125,11 @@ void Planner::write_small_tables(int32_t horizon, int32_t* out) const {
     reps[u] = tree_[u].first_row;
   }
   int32_t* tail = out + out[kHeaderOffTails];
-  int32_t* merge_row = out + out[kHeaderOffMergeRows];
   for (int32_t row = 0; row < num_rows; ++row, tail += kTailWords) {
     tail[kTailSlot] = tail_slot_[row];
     tail[kTailPosition] = tree_.tail_begin(row);
     tail[kTailCapacity] = tree_.lens()[row] - tail[kTailPosition] + horizon;
     tail[3] = 0;
-    if (part_ptr_[row] < part_ptr_[row + 1]) *merge_row++ = row;
   }
   std::copy_n(part_ptr_.data(), num_rows + 1, out + out[kHeaderOffPartPtr]);
 }
@@ -154,7 +150,7 @@ int64_t Planner::plan(const Batch& batch, int32_t* out, int64_t out_words) {
   }
 
   const int32_t num_rows = tree_.num_rows(), num_runs = tree_.size();
-  const int32_t num_merge_rows = number_parts(packing);
+  number_parts(packing);
   const Counts counts = count(packing);
   // The tables in the order in which they lie in the buffer.
   const struct {
@@ -169,7 +165,6 @@ int64_t Planner::plan(const Batch& batch, int32_t* out, int64_t out_words) {
       {kHeaderOffEntries, kEntryWords * counts.entries},
       {kHeaderOffReps, num_runs},
       {kHeaderOffPartPtr, num_rows + 1},
-      {kHeaderOffMergeRows, num_merge_rows},
   };
   int64_t num_words = kHeaderWords;
   for (const auto& table : tables) num_words = align(num_words, kTableAlign) + table.num_words;
@@ -218,7 +213,6 @@ int64_t Planner::plan(const Batch& batch, int32_t* out, int64_t out_words) {
   out[kHeaderPredictedNs] = static_cast<int32_t>(std::min(packing.predicted_ps / 1000, kWordMax));
   out[kHeaderFragments] = static_cast<int32_t>(counts.fragments);
   out[kHeaderSteps] = static_cast<int32_t>(counts.steps);
-  out[kHeaderMergeRows] = num_merge_rows;
   out[kHeaderChains] = writer_.num_chain_items();
   return num_words;
 }

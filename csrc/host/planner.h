@@ -33,7 +33,7 @@ class Planner {
   };
 
   int64_t place_slots(const SegmentTree& tree, int32_t horizon);
-  int32_t number_parts(const Packing& packing);
+  void number_parts(const Packing& packing);
   Counts count(const Packing& packing) const;
   void write_small_tables(int32_t horizon, int32_t* out) const;
 
