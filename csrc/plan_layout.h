@@ -65,6 +65,7 @@ inline constexpr int32_t kItemBeyond = 6;        // tokens read beyond the first
 inline constexpr int32_t kItemTailPosition = 7;  // token position of a tail piece, -1: no tail
 inline constexpr int32_t kItemFirstFragment =
     8;  // fragment of the first 16 query rows, -1: no chain
+inline constexpr int32_t kItemTailRow = 9;  // request row of the tail piece, -1: no tail
 
 // Fragment: int32 [fragments, kFragmentWords], 16 query rows of a chain.
 inline constexpr int32_t kFragmentWords = 2;

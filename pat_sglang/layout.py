@@ -10,7 +10,7 @@ table      shape                   meaning
 header     ``[32]``                counts and offsets, fields ``H_*``
 items      ``[items, 12]``         ``first entry, head offset, query rows, first slot, first length,
                                    next run, tokens beyond the first run, tail position or -1,
-                                   first fragment or -1, 0, 0, 0``
+                                   first fragment or -1, tail row or -1, 0, 0``
 fragments  ``[fragments, 2]``      ``first step, steps``
 steps      ``[steps, 4]``          ``slot offset, length, lo | hi << 8, tail position or -1``
 runs       ``[segments, 4]``       ``slot offset, length, next run (parent), first position``
@@ -22,7 +22,8 @@ part_ptr   ``[rows + 1]``          first partial slot of each row; none for a ro
 
 A work item reads its *first run* and then walks up ``next run`` until it has read ``tokens beyond
 the first run`` more; of the last run it reads the end. When the tail position is not -1 the first
-run is a piece of the row's tail, its live length ``clamp(seq_len - position, 0, first length)``.
+run is a piece of the tail row's tail, its live length ``clamp(seq_len - position, 0, first
+length)``.
 All query rows of the item read this *shared run*.
 
 A chain has fragments too: fragment ``first fragment + f`` is the private part of its query rows
@@ -219,7 +220,8 @@ class _Items:
         for kind in tiles_of(len(rows) * self.group, self.packing.tiles):
             count = min(TILES[kind].rows, len(rows) * self.group - offset)
             head = [first_entry + offset // self.group, offset % self.group, count]
-            self.of_kind[kind].append((planned, [*head, *run, -1, 0, 0, 0]))
+            tail_row = rows[0] if run[-1] >= 0 else -1
+            self.of_kind[kind].append((planned, [*head, *run, -1, tail_row, 0, 0]))
             self.planned_tokens += planned
             offset += count
 
@@ -227,7 +229,7 @@ class _Items:
         for rows, fragments in chain_items(self.tree, pack, cut, self.group):
             (kind,) = tiles_of(len(rows) * self.group, self.packing.tiles)
             head = [self._add_entries(rows), 0, len(rows) * self.group]
-            words = [*head, *run, len(self.fragments), 0, 0, 0]
+            words = [*head, *run, len(self.fragments), -1, 0, 0]
             weight = planned + longest_warp(self.tree, fragments)
             self.of_kind[kind].append((weight, words))
             self.chains += 1
@@ -386,15 +388,14 @@ class PlanTables:
             ``slots`` are offsets into the slot snapshot, int64 ``[tokens]``.
         """
         words = self.items[index].tolist()
-        first_entry, _, query_rows, slot, length, run, beyond, tail, fragment, *_ = words
+        first_entry, _, query_rows, slot, length, run, beyond, tail, fragment, tail_row, *_ = words
 
-        def live(length: int, position: int, entry: int) -> int:
+        def live(length: int, position: int, row: int) -> int:
             if position < 0:
                 return length
-            row = int(self.entries[entry, 0])
             return min(max(int(live_lens[row]) - position, 0), length)
 
-        pieces = [np.arange(slot, slot + live(length, tail, first_entry))]
+        pieces = [np.arange(slot, slot + live(length, tail, tail_row))]
         while beyond > 0:
             slot, length, above, _ = (int(x) for x in self.runs[run])
             take = min(length, beyond)
@@ -408,6 +409,7 @@ class PlanTables:
             for slot, length, rows, tail in self.steps[first_step : first_step + count].tolist():
                 lo = begin + (rows & (1 << STEP_HI_SHIFT) - 1)
                 hi = begin + (rows >> STEP_HI_SHIFT)
-                length = live(length, tail, first_entry + lo // group)
+                row = int(self.entries[first_entry + lo // group, 0])
+                length = live(length, tail, row)
                 steps.append((lo, hi, np.arange(slot, slot + length)))
         return steps

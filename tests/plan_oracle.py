@@ -36,6 +36,7 @@ def split_tables(words: np.ndarray) -> dict[str, list[list[int]]]:
     """The tables of a plan; asserts that they lie one after the other, padded with zeros."""
     header = words[:32].tolist()
     assert header[layout.H_WORDS] == words.size
+    assert header[30:] == [0, 0]
     rows = {
         "ITEMS": sum(header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + len(TILE_ROWS)]),
         "FRAGMENTS": header[layout.H_FRAGMENTS],
@@ -100,9 +101,8 @@ def read_by_items(
     """What every work item reads: its shared run, then the steps of its fragments."""
     tables = split_tables(words)
 
-    def piece(slot: int, length: int, position: int, entry: int) -> np.ndarray:
+    def piece(slot: int, length: int, position: int, row: int) -> np.ndarray:
         if position >= 0:
-            row = tables["ENTRIES"][entry][0]
             length = min(max(int(live_lens[row]) - position, 0), length)
         of_piece = slots[slot : slot + length]
         assert of_piece.size == length >= 0
@@ -111,9 +111,10 @@ def read_by_items(
     read, next_fragment, next_step = [], 0, 0
     chains = 0
     for item in sorted(tables["ITEMS"], key=lambda item: item[8]):  # fragments are numbered in turn
-        entry, head, count, slot, length, run, beyond, position, fragment, *rest = item
-        assert rest == [0, 0, 0]
-        pieces = [piece(slot, length, position, entry)]
+        entry, head, count, slot, length, run, beyond, position, fragment, row, *rest = item
+        assert rest == [0, 0]
+        assert row == (tables["ENTRIES"][entry][0] if position >= 0 else -1)
+        pieces = [piece(slot, length, position, row)]
         while beyond > 0:
             assert 0 <= run < len(tables["RUNS"]), "an item walks beyond a root"
             slot, run_length, run, _ = tables["RUNS"][run]
@@ -135,7 +136,8 @@ def read_by_items(
                     assert begin <= lo < hi <= min(begin + 16, count)
                     owners = {(k // group) for k in range(lo, hi)}
                     assert position < 0 or len(owners) == 1, "a tail has one request row"
-                    names = piece(slot, length, position, entry + lo // group)
+                    row = tables["ENTRIES"][entry + lo // group][0]
+                    names = piece(slot, length, position, row)
                     reads.append(Read(lo, hi, names, f))
                 next_fragment += 1
                 next_step += steps

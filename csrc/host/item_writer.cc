@@ -81,12 +81,13 @@ void ItemWriter::add_pack(const ItemJob& job, const Range& range, const int32_t*
       entry[kEntryPart] = part < 0 ? -1 : part + c;
     }
 
-    int32_t begin, above, slot, tail_position = -1;
+    int32_t begin, above, slot, tail_position = -1, tail_row = -1;
     if (range.is_tail && b > tree.tail_begin(rows[0])) {
       begin = tree.tail_begin(rows[0]);
       above = tree.home(rows[0]);
       slot = job.tail_slot[rows[0]];
       tail_position = static_cast<int32_t>(std::max<int64_t>(a, begin));
+      tail_row = rows[0];
     } else {
       while (tree[u].begin >= b) u = tree[u].parent;
       begin = tree[u].begin;
@@ -99,7 +100,7 @@ void ItemWriter::add_pack(const ItemJob& job, const Range& range, const int32_t*
     const int64_t query_rows = static_cast<int64_t>(num_rows) * group_size_;
     Item item = {{first_entry, 0, 0, static_cast<int32_t>(slot + first - begin),
                   static_cast<int32_t>(b - first), beyond > 0 ? above : -1,
-                  static_cast<int32_t>(beyond), tail_position, -1, 0, 0, 0}};
+                  static_cast<int32_t>(beyond), tail_position, -1, tail_row, 0, 0}};
     if (c == num_plain) {
       add_chain(job, *range.chain, rows, num_rows, item, planned);
       continue;
