@@ -17,7 +17,7 @@ struct TileShape {
 
 /// Same tiles in the same order as TILES in pat_sglang/cost.py.
 inline constexpr int32_t kNumTiles = 3;
-inline constexpr TileShape kTiles[kNumTiles] = {{16, 16}, {64, 64}, {128, 64}};
+inline constexpr TileShape kTiles[kNumTiles] = {{16, 64}, {64, 64}, {128, 64}};
 inline constexpr int32_t kFragmentRows = 16;  // query rows of one warp's MMA
 
 // Header: int32 [kHeaderWords]. Offsets are in words from the start of the plan; every table starts
@@ -55,17 +55,16 @@ inline constexpr int32_t kHeaderOffReps = 29;
 // All rows of an item read its shared run: the first run, then upwards. The rows of a chain then read
 // what is their own, fragment by fragment.
 inline constexpr int32_t kItemWords = 12;
-inline constexpr int32_t kItemFirstEntry = 0;    // entry of the first query row
-inline constexpr int32_t kItemHeadOffset = 1;    // head of the group of the first query row
-inline constexpr int32_t kItemQueryRows = 2;     // query rows of the item, at most the tile's
-inline constexpr int32_t kItemFirstSlot = 3;     // offset of the first run in the slot snapshot
-inline constexpr int32_t kItemFirstLength = 4;   // tokens of the first run (a bound for a tail)
-inline constexpr int32_t kItemNextRun = 5;       // run read after the first, -1: none
-inline constexpr int32_t kItemBeyond = 6;        // tokens read beyond the first run
-inline constexpr int32_t kItemTailPosition = 7;  // token position of a tail piece, -1: no tail
-inline constexpr int32_t kItemFirstFragment =
-    8;  // fragment of the first 16 query rows, -1: no chain
-inline constexpr int32_t kItemTailRow = 9;  // request row of the tail piece, -1: no tail
+inline constexpr int32_t kItemFirstEntry = 0;     // entry of the first query row
+inline constexpr int32_t kItemHeadOffset = 1;     // head of the group of the first query row
+inline constexpr int32_t kItemQueryRows = 2;      // query rows of the item, at most the tile's
+inline constexpr int32_t kItemFirstSlot = 3;      // offset of the first run in the slot snapshot
+inline constexpr int32_t kItemFirstLength = 4;    // tokens of the first run (a bound for a tail)
+inline constexpr int32_t kItemNextRun = 5;        // run read after the first, -1: none
+inline constexpr int32_t kItemBeyond = 6;         // tokens read beyond the first run
+inline constexpr int32_t kItemTailPosition = 7;   // token position of a tail piece, -1: no tail
+inline constexpr int32_t kItemFirstFragment = 8;  // of the first 16 query rows, -1: no chain
+inline constexpr int32_t kItemTailRow = 9;        // request row of the tail piece, -1: no tail
 
 // Fragment: int32 [fragments, kFragmentWords], 16 query rows of a chain.
 inline constexpr int32_t kFragmentWords = 2;

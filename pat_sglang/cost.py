@@ -6,8 +6,10 @@ Two kinds of time appear:
 
 * *SM time*: what a work item takes from one streaming multiprocessor when the GPU is full;
   the sum over all items divided by the number of SMs is the time of a perfectly balanced step.
-* *solo time*: how long one work item lasts when nothing else runs beside it; the last item of a
-  step is bounded by it, which is what limits how long an unsplit run may be.
+* *solo time*: how long one work item lasts, by all its warps, beside as many others as its SM
+  holds; the last item of a step is bounded by it, which is what limits how long an unsplit run may
+  be. A private step of a chain has the solo time of the narrow tile where all warps share it, and
+  ``ITEM_WARPS`` times as much where one warp computes it alone.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ class Tile(NamedTuple):
     tokens: int
 
 
-# NOTE: csrc/plan_layout.h lists the same tiles in the same order.
-TILES = (Tile(16, 16), Tile(64, 64), Tile(128, 64))
+# NOTE: csrc/plan_layout.h lists the same tiles in the same order. Warps of the narrow tile share
+# the tokens of a step, all for the same 16 query rows; those of the others share the query rows.
+TILES = (Tile(16, 64), Tile(64, 64), Tile(128, 64))
 ALL_TILES = tuple(range(len(TILES)))
 FRAGMENT_ROWS = 16  # query rows of one warp's MMA: what a private step of a chain is computed for
-ITEM_WARPS = 4  # fragment f of a chain is computed by warp f % ITEM_WARPS
+# Warps of an item. Fragment f of a chain is computed by warp f % ITEM_WARPS alone; if there is only
+# one, as in every narrow item, by all of them together.
+ITEM_WARPS = 4
 
 PerTile = tuple[int, int, int]
 
@@ -42,7 +47,7 @@ class CostModel:
         token_ps: [tiles] SM time of a KV token that comes from device memory.
         reread_ps: [tiles] SM time of a KV token another tile of the same pack has just read (L2).
         solo_item_ps: [tiles] solo time before the first token.
-        solo_token_ps: [tiles] solo time a token.
+        solo_token_ps: [tiles] solo time a token; the first also prices private steps.
         part_ps: SM time to write and merge one partial of one query row.
         step_ps: SM time of one private step of a chain before its first token.
         provenance: where the numbers come from.
@@ -93,16 +98,16 @@ class CostModel:
 
 H100 = CostModel(
     num_sms=132,
-    item_ps=(600_000, 2_500_000, 4_000_000),
+    item_ps=(1_000_000, 2_500_000, 4_000_000),
     token_ps=(22_500, 22_500, 22_500),
     reread_ps=(12_000, 12_000, 18_000),
     solo_item_ps=(3_000_000, 4_000_000, 5_000_000),
-    solo_token_ps=(153_600, 41_600, 38_400),
-    part_ps=132_800,
+    solo_token_ps=(41_600, 41_600, 38_400),
+    part_ps=60_000,
     step_ps=100_000,
     provenance="H100 SXM 80 GB, 2026-11-22: bandwidth and tile rates measured, then coordinate "
     "descent on measured time over 18 trees and 9 random forests at five head layouts; the solo "
-    "times are those of items that share their SM with others",
+    "times are those of items that share their SM with others; narrow tile and partials: estimates",
 )
 H200 = CostModel(
     num_sms=132,

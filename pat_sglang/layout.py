@@ -51,7 +51,7 @@ from .packing import (
     Shape,
     Step,
     chain_items,
-    longest_warp,
+    private_span,
     step_tokens,
 )
 
@@ -231,7 +231,7 @@ class _Items:
             (kind,) = tiles_of(len(rows) * self.group, self.packing.tiles)
             head = [self._add_entries(rows), 0, len(rows) * self.group]
             words = [*head, *run, len(self.fragments), -1, 0, 0]
-            weight = planned + longest_warp(self.tree, fragments)
+            weight = planned + private_span(self.tree, fragments)
             self.of_kind[kind].append((weight, words))
             self.chains += 1
             self.planned_tokens += planned

@@ -35,11 +35,11 @@ MAX_INHERIT = 4  # how many levels of a tree one pack may span, beyond its own
 MAX_CHAIN_DEPTH = 4  # levels of segments a chain may have below its shared run
 MAX_CHAIN_GROUP = 64  # query heads per KV head beyond which there are no chains
 MIN_CHUNK = 64  # tokens: no run is cut finer, and every cut is a multiple of CHUNK_ALIGN
-CHUNK_ALIGN = 32
+CHUNK_ALIGN = 64
 PART_SCALES = (1, 4, 16, 64)  # price of partials, raised until a plan fits the workspace
 WALL_EIGHTHS = (0, 16, 8, 4, 2, 1)  # tried limits of a work item's solo time, in 1/8 of the mean
 NO_LIMIT = 1 << 100  # ps; eighths 0
-PIECES_PER_SM = (8, 2, 1)  # work items of each tile that an SM computes side by side
+PIECES_PER_SM = (2, 2, 1)  # work items of each tile that an SM computes side by side
 MAX_HORIZON = 256  # tokens
 
 
@@ -195,12 +195,16 @@ def step_tokens(tree: SegmentTree, step: Step) -> int:
     return segment.end - segment.begin
 
 
-def longest_warp(tree: SegmentTree, fragments: list[list[Step]]) -> int:
-    """Step tokens of the warp of a work item that has the most."""
+def private_span(tree: SegmentTree, fragments: list[list[Step]]) -> int:
+    """Time that the steps of a work item take, in tokens of the narrow tile.
+
+    All warps share the steps of a single fragment. Of several each is computed by one warp, which
+    alone is as many times slower as there are warps: the one with most tokens counts.
+    """
     of_warp = [0] * ITEM_WARPS
     for f, steps in enumerate(fragments):
         of_warp[f % ITEM_WARPS] += sum(step_tokens(tree, step) for step in steps)
-    return max(of_warp)
+    return of_warp[0] if len(fragments) == 1 else ITEM_WARPS * max(of_warp)
 
 
 class Load(NamedTuple):
@@ -506,9 +510,13 @@ class _Splitter:
         """Tokens of the longest chunk a tile computes within the limit."""
         return max(limit_ps // self.pricer.model.solo_token_ps[kind], MIN_CHUNK)
 
+    def _tail_room(self, limit_ps: int) -> int:
+        """Tokens of the longest tail in a chain, which one warp may have to compute alone."""
+        return max(limit_ps // (ITEM_WARPS * self.pricer.model.solo_token_ps[0]), MIN_CHUNK)
+
     def split(self, packs: list[Pack], limit_ps: int) -> _Split:
         """Packs with the separated tails, and their cuts."""
-        tree, room = self.tree, self._room(0, limit_ps)
+        tree, room = self.tree, self._tail_room(limit_ps)
         tails = [pack for pack in packs if pack.is_tail]
         result = _Split([], [])
         for pack in packs:
@@ -599,13 +607,13 @@ class _Splitter:
         return result
 
     def _steps(self, pack: Pack, rows_per_item: int, separated: frozenset[int]) -> tuple[int, int]:
-        """(tokens of the longest warp, SM time of all steps) of a chain."""
+        """(longest private span of an item, SM time of all steps) of a chain."""
         tree, model = self.tree, self.pricer.model
         key = (pack.segment, min(rows_per_item, len(pack.rows)), separated)
         if key not in self._known:
             cut = Cut(0, 1, rows_per_item, separated)
             items = chain_items(tree, pack, cut, self.pricer.group)
-            private = max(longest_warp(tree, fragments) for _, fragments in items)
+            private = max(private_span(tree, fragments) for _, fragments in items)
             steps = [s for _, fragments in items for steps in fragments for s in steps]
             once = {(step.segment, step.row if step.segment < 0 else -1): step for step in steps}
             tokens = sum(step_tokens(tree, step) for step in steps)

@@ -161,11 +161,15 @@ def query_rows_of_items(words: np.ndarray, group: int) -> list[list[tuple[int, i
 
 
 def weight(reads: list[Read]) -> int:
-    """Tokens that the slowest warp of an item computes: the shared run, every fourth fragment."""
+    """Tokens of an item's shared run, and in how many tokens' time its fragments are done.
+
+    Four warps have a fourth of a single fragment each; else each has every fourth fragment.
+    """
     of_warp = [0, 0, 0, 0]
     for read in reads[1:]:
         of_warp[read.fragment % 4] += read.names.size
-    return reads[0].names.size + max(of_warp)
+    private = sum(of_warp) if reads[0].hi <= 16 else 4 * max(of_warp)
+    return reads[0].names.size + private
 
 
 def check_plan(
@@ -246,7 +250,7 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
     waves of those as long as it, behind the longer ones, whichever is earlier.
 
     As long as it: the same octave of the solo time, and the same quarter of it. What fits on the
-    GPU side by side starts at once: 8, 2 or 1 items of the three tiles on each SM.
+    GPU side by side starts at once: 2, 2 or 1 items of the three tiles on each SM.
     """
     heads, num_sms = setup.shape.num_kv_heads, setup.model.num_sms
 
@@ -262,11 +266,11 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
         first = [load for load in loads if length(load) >= of]
         longest = max(load.solo_ps for load in same)
         ends = [longest]
-        if sum(Fraction(load.items * heads, (8, 2, 1)[load.tile]) for load in first) > num_sms:
+        if sum(Fraction(load.items * heads, (2, 2, 1)[load.tile]) for load in first) > num_sms:
             work = sum(load.work_ps for load in same) * heads
             last = work // (sum(load.items for load in same) * heads)
             before = sum(load.work_ps for load in first) * heads
-            share = sum(Fraction(load.items * heads, (8, 2, 1)[load.tile]) for load in same)
+            share = sum(Fraction(load.items * heads, (2, 2, 1)[load.tile]) for load in same)
             waves = math.ceil(share / num_sms)
             ends = [(before - last) // num_sms + longest]
             ends.append((before - work) // num_sms + waves * longest)
@@ -375,7 +379,7 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
         if tokens <= room:
             return tokens, 1
         even = -(-tokens // -(-tokens // room))
-        chunk = -(-even // 32) * 32
+        chunk = -(-even // 64) * 64
         return chunk, -(-tokens // chunk)
 
     def plain(of: int, tokens: int, chunk: int, chunks: int, parts: bool = True) -> list[Load]:
@@ -407,7 +411,8 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
     room = [max(limit // ps, 64) for ps in model.solo_token_ps]
 
     # Loads and whether the steps are within the limit, for a number of rows an item.
-    separated = {row for row, tail in enumerate(tails) if tail > room[0]}
+    most = max(limit // (4 * model.solo_token_ps[0]), 64)  # of a warp alone
+    separated = {row for row, tail in enumerate(tails) if tail > most}
     own = [
         {("node", n): int(batch.forest.length[n]) for n in batch.path_of_row[row][1:]}
         | ({} if row in separated else {("tail", row): tails[row]})
@@ -428,7 +433,7 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
                     work += tokens * ps[0] + model.step_ps
                 of_warp[f % 4] += sum(pieces.values())
                 seen |= set(pieces)
-            private = max(private, *of_warp)
+            private = max(private, of_warp[0] if len(query_rows) <= 16 else 4 * max(of_warp))
         (kind,) = tiles(min(rows_per_item, rows) * group)
         chunk, chunks = cut(shared, room[kind])
         last = shared - (chunks - 1) * chunk

@@ -265,7 +265,7 @@ def test_one_slot_less_than_the_best_plan_needs(data: st.DataObject) -> None:
 @pytest.mark.parametrize("parts", [0, 1, 100, 700, 3000])
 @pytest.mark.parametrize("kind", ["tree", "levels"])
 def test_less_workspace_gives_a_coarser_plan(kind: str, parts: int) -> None:
-    batch = large_batch(3, 256, 120, kind)
+    batch = large_batch(0, 256, 120, kind)
     capacity = capacity_for(256, int(batch.host_lens.sum()), parts, 4, MAX_HORIZON)
     words = words_of(batch, Setup(Shape(4, 8, parts, capacity.items), MODEL, capacity))
     assert words[layout.H_PARTS] <= parts
@@ -335,8 +335,8 @@ def test_short_root_is_taken_along_by_the_groups_below() -> None:
         ([(2, 5, 500, 500)], 2, 500),  # five items of two KV heads
         ([(2, 6, 500, 600)], 2, (1200 - 100) // 10 + 500),
         ([(1, 20, 500, 1000)], 1, 500),  # two a SM
-        ([(0, 80, 500, 1000)], 1, 500),  # eight a SM
-        ([(0, 81, 500, 810)], 1, (810 - 10) // 10 + 500),
+        ([(0, 20, 500, 1000)], 1, 500),
+        ([(0, 21, 500, 210)], 1, (210 - 10) // 10 + 500),
         ([(2, 10, 500, 9000)], 1, 900),  # never faster than all work spread over the SMs
         # Shorter items wait for longer ones, longer ones for none: 448 and 511 are of one bucket.
         ([(2, 10, 512, 1000), (2, 10, 511, 1000)], 1, 1000 // 10 + 511),
@@ -345,7 +345,7 @@ def test_short_root_is_taken_along_by_the_groups_below() -> None:
         ([(2, 10, 511, 1000), (2, 10, 447, 2000)], 1, 1000 // 10 + 447),
         ([(2, 9, 900, 900), (1, 2, 500, 100)], 1, 900),  # two share the SM that is left
         ([(2, 9, 900, 900), (1, 3, 500, 9000)], 1, 9900 // 10),
-        ([(0, 80, 1, 80), (0, 80, 9, 80)], 1, 2 * 9),  # up to 9 ps one bucket
+        ([(0, 20, 1, 80), (0, 20, 9, 80)], 1, 2 * 9),  # up to 9 ps one bucket
         ([(2, 20, 500, 9000)], 1, 2 * 500),  # two waves
         ([(2, 10, 900, 2000), (2, 20, 500, 9000)], 1, 2000 // 10 + 2 * 500),
     ],
@@ -362,7 +362,7 @@ def test_items_start_at_once_or_behind_the_longer_ones(
 # Round numbers, so that the prices below can be added up by hand.
 ROUND = CostModel(
     num_sms=1, item_ps=(10, 20, 30), token_ps=(3, 3, 3), reread_ps=(1, 1, 1),
-    solo_item_ps=(100, 200, 300), solo_token_ps=(5, 2, 2), part_ps=1000, step_ps=7,
+    solo_item_ps=(100, 200, 300), solo_token_ps=(2, 2, 2), part_ps=1000, step_ps=7,
     provenance="for tests",
 )  # fmt: skip
 
@@ -381,7 +381,7 @@ def test_a_chain_leaves_no_partial() -> None:
     assert words[layout.H_PARTS] == 0
     assert words[layout.H_PLANNED_TOKENS] == 640 + 64 + 4 * 10 + 4 * 20
     work = 20 + 640 * 3 + (64 + 40 + 80) * 3 + 9 * 7
-    solo = 200 + 640 * 2 + (64 + 40) * 5
+    solo = 200 + 640 * 2 + 4 * (64 + 40) * 2  # a warp alone reads the longer fragment
     assert packing_of(batch, setup).predicted_ps == max(work, solo) == work
 
 
@@ -400,7 +400,7 @@ def test_a_chain_gives_way_to_items_side_by_side() -> None:
     # A chain saves partials, worth their price on one SM; on many SMs a tail is read meanwhile.
     # Either way all items start at once.
     batch = make_batch([-1], [100], [0, 0], [200, 200])
-    for num_sms, solo in ((1, 100 + 100 * 5 + 200 * 5), (1000, 100 + 100 * 5)):
+    for num_sms, solo in ((1, 100 + 100 * 2 + 200 * 2), (1000, 100 + 100 * 2)):
         model = replace(ROUND, num_sms=num_sms)
         setup = generous(batch, group=1, heads=1, sharing="on", model=model)
         uncut = Search(wall_eighths=(0,))
@@ -410,7 +410,7 @@ def test_a_chain_gives_way_to_items_side_by_side() -> None:
         parts = 0 if has_chains else 4
         items, steps = (1, 2) if has_chains else (3, 0)
         work = items * 10 + 300 * 3 + parts * 1000 + steps * 7
-        assert packing.predicted_ps == max(work // num_sms, solo) == solo
+        assert packing.predicted_ps == max(work // num_sms, solo)
         check_plan(words_of(batch, setup, uncut), batch, 1)
 
 
@@ -423,7 +423,7 @@ def test_a_chain_wins_a_tie() -> None:
         packing_of(batch, setup, Search(chains=chains, wall_eighths=(0,)))
         for chains in (True, False)
     )
-    assert with_chains.predicted_ps == without.predicted_ps == 100 + 100 * 5
+    assert with_chains.predicted_ps == without.predicted_ps == 100 + 100 * 2
     assert [pack.is_chain for pack in with_chains.packs] == [True]
 
 
@@ -464,14 +464,14 @@ def test_narrow_items_when_they_are_less_work(
     packing = packing_of(batch, setup, search)
     (cut,) = packing.cuts
     assert cut.rows_per_item == rows_per_item
-    # A warp reads four tails in one fragment of a narrow item, eight in two of a wide one.
+    # Four warps read the four tails of a narrow item, one alone eight of a wide one.
     work, solo = (
-        (8 * narrow_ps + 10 * shared, 100 + shared * 5 + 4 * 10 * 5)
+        (8 * narrow_ps + 10 * shared, 4 * (100 + shared * 2 + 4 * 10 * 2))
         if rows_per_item == 4
-        else (1500 + 3 * shared, 300 + shared * 2 + 8 * 10 * 5)
+        else (1500 + 3 * shared, 300 + shared * 2 + 4 * 8 * 10 * 2)
     )
     work += 32 * (10 * 3 + 7)
-    assert packing.predicted_ps == max(work, solo) == work  # eight narrow items fit on the SM
+    assert packing.predicted_ps == max(work, solo) == work  # eight narrow items are four waves
     check_plan(words_of(batch, setup, search), batch, 4)
 
 
@@ -522,10 +522,10 @@ def test_a_long_tail_leaves_its_chain() -> None:
 
 def test_long_private_steps_get_smaller_items() -> None:
     # One tile of 128 query rows has two fragments a warp, each with four tails of 40 tokens:
-    # 320 tokens x 5 ps are within 2/8 of the mean (30 + 3000 + 32 x 127 ps), not within 1/8.
+    # 4 x 320 tokens x 2 ps are within 4/8 of the mean (30 + 3000 + 32 x 127 ps), not within 2/8.
     batch = make_batch([-1], [1000], [0] * 32, [1040] * 32)
     setup = generous(batch, heads=1, model=ROUND, sharing="on")
-    for eighths, rows_per_item in ((2, 32), (1, 16)):
+    for eighths, rows_per_item in ((4, 32), (2, 16)):
         search = Search(wall_eighths=(eighths,))
         (cut,) = packing_of(batch, setup, search).cuts
         assert cut.rows_per_item == rows_per_item

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Fragments of a chain: which 16 query rows of which work item read which private piece. Mirrors
-// chain_items and longest_warp of pat_sglang/packing.py.
+// chain_items and private_span of pat_sglang/packing.py.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace pat {
 
-inline constexpr int32_t kItemWarps = 4;  // warp f % kItemWarps computes fragment f of an item
+inline constexpr int32_t kItemWarps = 4;  // warps of an item, see pat_sglang/cost.py
 
 /// A segment or a tail below the shared run of a chain, and the rows of the pack that own it, which
 /// lie side by side. The pieces of a chain are in the order of their steps: by first row, from the
@@ -38,8 +38,8 @@ void sum_pieces(const Piece* pieces, int32_t num_pieces, int64_t tail_room, int3
 
 /// What the fragments of a chain read below the shared run.
 struct FragmentLoad {
-  int64_t longest_warp = 0;  // tokens of the warp that reads most
-  int64_t tokens = 0;        // of all steps
+  int64_t span = 0;    // time the steps take, in tokens of the narrow tile
+  int64_t tokens = 0;  // of all steps
   int64_t steps = 0;
 };
 
@@ -82,16 +82,19 @@ class FragmentGrid {
       sum.steps += steps;
       visit(first_fragment(item) + f, static_cast<int32_t>(steps));
     }
-    sum.longest_warp = *std::max_element(of_warp, of_warp + kItemWarps);
+    // All warps share the steps of a single fragment.
+    sum.span = last_query_row < kFragmentRows
+                   ? sum.tokens
+                   : kItemWarps * *std::max_element(of_warp, of_warp + kItemWarps);
     return sum;
   }
 
-  /// Of all items.
+  /// Of all items; the span of the longest.
   FragmentLoad load(const RowLoad* loads) const {
     FragmentLoad sum;
     for (int32_t item = 0; item < num_items_; ++item) {
       const FragmentLoad one = load_of(loads, item, [](int32_t, int32_t) {});
-      sum.longest_warp = std::max(sum.longest_warp, one.longest_warp);
+      sum.span = std::max(sum.span, one.span);
       sum.tokens += one.tokens;
       sum.steps += one.steps;
     }

@@ -146,7 +146,7 @@ void ItemWriter::add_chain(const ItemJob& job, const Chain& chain, const int32_t
     item.words[kItemFirstEntry] = first_entry + grid.first_row(i);
     item.words[kItemQueryRows] = query_rows;
     item.words[kItemFirstFragment] = num_fragments_ + grid.first_fragment(i);
-    add_item(num_items_++, PriceTable::tile_for(query_rows), planned + load.longest_warp, item);
+    add_item(num_items_++, PriceTable::tile_for(query_rows), planned + load.span, item);
     planned_tokens_ += planned + load.tokens;
   }
   num_chain_items_ += grid.num_items();

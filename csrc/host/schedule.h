@@ -11,7 +11,7 @@
 
 namespace pat {
 
-inline constexpr int32_t kPiecesPerSm[] = {8, 2, 1};  // work items of each tile side by side
+inline constexpr int32_t kPiecesPerSm[] = {2, 2, 1};  // work items of each tile side by side
 
 // (a * b - less) / c of non-negative values; the product of a step's picoseconds and the KV heads
 // may pass 64 bits for lengths near 2^31.

@@ -30,11 +30,14 @@ Splitter::Splitter(const Shape& shape, const CostModel& model, const PriceTable&
 Splitter::Room Splitter::room_for(int64_t mean_ps, int32_t eighths) const {
   const int64_t limit_ps = mul_div(mean_ps, eighths, 8);
   Room room;
+  const auto tokens_at = [&](int64_t token_ps, int64_t least) {
+    return eighths == 0 ? INT64_MAX : std::max(limit_ps / token_ps, least);
+  };
   for (int32_t k = 0; k < kNumTiles; ++k) {
-    const int64_t tokens = limit_ps / model_.solo_token_ps[k];
-    room.tokens[k] = eighths == 0 ? INT64_MAX : std::max<int64_t>(tokens, kMinChunk);
+    room.tokens[k] = tokens_at(model_.solo_token_ps[k], kMinChunk);
   }
-  room.steps = eighths == 0 ? INT64_MAX : limit_ps / model_.solo_token_ps[0];
+  room.tail = tokens_at(kItemWarps * model_.solo_token_ps[0], kMinChunk);
+  room.span = tokens_at(model_.solo_token_ps[0], 0);
   return room;
 }
 
@@ -61,11 +64,10 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
                                        const Room& room) {
   const Chain& chain = packing.chains[pack.chain];
   const Piece* pieces = packing.pieces.data() + chain.first_piece;
-  const int64_t tail_room = room.tokens[0];
   int32_t num_separated = 0;
-  if (chain.longest_tail > tail_room) {
+  if (chain.longest_tail > room.tail) {
     for (int32_t i = 0; i < chain.num_pieces; ++i) {
-      num_separated += pieces[i].is_separated(tail_room);
+      num_separated += pieces[i].is_separated(room.tail);
     }
   }
   if (num_separated == chain.num_pieces) return {};
@@ -74,7 +76,7 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
   if (tried.num_separated != num_separated) {
     tried.num_separated = num_separated;
     tried.known = 0;
-    sum_pieces(pieces, chain.num_pieces, tail_room, pack.num_rows, row_loads);
+    sum_pieces(pieces, chain.num_pieces, room.tail, pack.num_rows, row_loads);
   }
   const RowLoad& unique = row_loads[pack.num_rows];  // every piece counted once
 
@@ -94,11 +96,11 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
     }
     const FragmentLoad& load = tried.loads[i];
     const bool is_last_resort = best.rows_per_item == 0 && i + 1 == num_tries_;
-    if (load.longest_warp > room.steps && !is_last_resort) continue;
+    if (load.span > room.span && !is_last_resort) continue;
     c.num_steps = load.steps;
     c.work_ps += (load.tokens - unique.begun_tokens) * model_.reread_ps[0] +
                  (load.steps - unique.begun_steps) * model_.step_ps;
-    c.solo_ps += load.longest_warp * model_.solo_token_ps[0];
+    c.solo_ps += load.span * model_.solo_token_ps[0];
     if (best.rows_per_item == 0 || c.work_ps < best.work_ps) best = c;
   }
   return best;
@@ -229,7 +231,7 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
     }
     for (int32_t row = 0; row < num_rows; ++row) {
       const int32_t start = tail_start(row), tokens = lens[row] - start;
-      if (in_chain(row) && tokens <= room.tokens[0]) continue;
+      if (in_chain(row) && tokens <= room.tail) continue;
       const Cut c = cut_tail(tokens, room.tokens[one.tile], packing.horizon);
       add_chunks(1, c, tokens, start > 0 || c.num_chunks > 1, sums);
     }
@@ -269,7 +271,7 @@ void Splitter::apply(const SegmentTree& tree, const Split& split, Packing& packi
     }
     store(i, run);
   }
-  packing.tail_room = room.tokens[0];
+  packing.tail_room = room.tail;
   for (int32_t row = 0; row < num_rows; ++row) {
     const int32_t tokens = tree.lens()[row] - packing.tail_start[row];
     const bool has_pack = !packing.in_chain[row] || tokens > packing.tail_room;

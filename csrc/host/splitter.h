@@ -16,7 +16,7 @@
 namespace pat {
 
 inline constexpr int32_t kMinChunk = 64;
-inline constexpr int32_t kChunkAlign = 32;
+inline constexpr int32_t kChunkAlign = 64;
 
 /// A limit on the solo time of work items (in 1/8 of the mean, 0: none), and what it leads to.
 struct Split {
@@ -39,10 +39,11 @@ class Splitter {
   void apply(const SegmentTree& tree, const Split& split, Packing& packing);
 
  private:
-  /// Tokens of the longest chunk of each tile under a limit, and of the steps of a warp.
+  /// Tokens under a limit.
   struct Room {
-    int64_t tokens[kNumTiles];
-    int64_t steps;
+    int64_t tokens[kNumTiles];  // of the longest chunk of each tile
+    int64_t tail;               // of the longest tail in a chain, which a warp alone may compute
+    int64_t span;               // of the steps of a work item, see FragmentLoad
   };
   struct Cut {
     int32_t chunk;
