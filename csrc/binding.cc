@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // tvm-ffi exports of the kernels, and every check on a tensor. Nothing below this file knows
 // tensors; nothing above it checks them again.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
@@ -123,6 +124,35 @@ int32_t num_sms(int32_t device) {
   return count[device];
 }
 
+/// Map of a cache for the copy engine, in the layout of the kernel's ring: rows of 64 elements, their
+/// 16-byte chunks swizzled over 128 bytes. false: the driver has none to give.
+bool encode_map(const TensorView& cache, pat::TensorMap& map) {
+  static_assert(sizeof(pat::TensorMap) == sizeof(CUtensorMap));
+  static const auto encode = []() -> decltype(&cuTensorMapEncodeTiled) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                               12000, cudaEnableDefault, &status);
+    if (error != cudaSuccess || status != cudaDriverEntryPointSuccess) return nullptr;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+  }();
+  if (encode == nullptr || cache.size(0) == 0) return false;
+#if defined(PAT_DTYPE_BF16)
+  constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+#else
+  constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+#endif
+  const cuuint64_t sizes[3] = {PAT_HEAD_DIM, static_cast<cuuint64_t>(cache.size(1)),
+                               static_cast<cuuint64_t>(cache.size(0))};
+  const cuuint64_t strides[2] = {2 * PAT_HEAD_DIM, 2 * static_cast<cuuint64_t>(cache.stride(0))};
+  const cuuint32_t box[3] = {pat::kMapElements, 1, pat::kMapTokens};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  return encode(reinterpret_cast<CUtensorMap*>(&map), kType, 3, cache.data_ptr(), sizes, strides,
+                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 /// See pat_sglang/decode.py.
 void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out, TensorView plan,
             TensorView slots, TensorView live_lens, TensorView partial_out, TensorView partial_lse,
@@ -167,7 +197,10 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
 
   const auto num_q_heads = static_cast<int32_t>(q.size(1));
   const auto num_kv_heads = static_cast<int32_t>(k_cache.size(1));
-  const pat::DecodeParams params{
+  pat::DecodeParams params{
+      .k_map = {},
+      .v_map = {},
+      .has_maps = false,
       .q = q.data_ptr(),
       .k_cache = k_cache.data_ptr(),
       .v_cache = v_cache.data_ptr(),
@@ -184,6 +217,7 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
       .v_slot_stride = 2u * static_cast<uint32_t>(row_stride(v_cache, "v_cache")),
       .plan_words = static_cast<int32_t>(plan.size(0)),
       .slot_words = static_cast<int32_t>(slots.size(0)),
+      .live_words = static_cast<int32_t>(live_lens.size(0)),
       .rows_padded = static_cast<int32_t>(q.size(0)),
       .num_q_heads = num_q_heads,
       .num_kv_heads = num_kv_heads,
@@ -191,6 +225,9 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
       .scale_log2 = static_cast<float>(sm_scale * 1.4426950408889634),
   };
   const DeviceGuard guard(device.device_id);
+#if defined(PAT_PATH_SM90)
+  params.has_maps = encode_map(k_cache, params.k_map) && encode_map(v_cache, params.v_map);
+#endif
   const int32_t sms = num_sms(device.device_id);
   const cudaStream_t stream = current_stream(device);
   check_cuda(pat::launch_decode(params, sms, stream), "launching the forward kernel");

@@ -96,12 +96,6 @@ inline constexpr int32_t kTailSlot = 0;      // offset in the slot snapshot
 inline constexpr int32_t kTailPosition = 1;  // first private token position
 inline constexpr int32_t kTailCapacity = 2;  // tokens, the horizon included
 
-// Counters of the forward kernel: int32 [kCounterWords + rows * query heads], which it finds zero and
-// leaves zero. Behind the words: for each (row, query head) how many of its partials are written.
-inline constexpr int32_t kCounterWords = 8;
-inline constexpr int32_t kCounterDrawn = 0;     // [kNumTiles], work drawn so far of each tile
-inline constexpr int32_t kCounterFinished = 3;  // workers that found no more work
-
 inline constexpr int32_t kSlotAlign = 4;  // every run and tail starts at a multiple of this
 
 }  // namespace pat

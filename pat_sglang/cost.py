@@ -47,7 +47,9 @@ class CostModel:
         token_ps: [tiles] SM time of a KV token that comes from device memory.
         reread_ps: [tiles] SM time of a KV token another tile of the same pack has just read (L2).
         solo_item_ps: [tiles] solo time before the first token.
-        solo_token_ps: [tiles] solo time a token; the first also prices private steps.
+        solo_token_ps: [tiles] solo time a token.
+        private_token_ps: solo time a token of private steps, had all four warps of the item that
+            token; a warp alone takes ITEM_WARPS times as long.
         part_ps: SM time to write and merge one partial of one query row.
         step_ps: SM time of one private step of a chain before its first token.
         provenance: where the numbers come from.
@@ -59,6 +61,7 @@ class CostModel:
     reread_ps: PerTile
     solo_item_ps: PerTile
     solo_token_ps: PerTile
+    private_token_ps: int
     part_ps: int
     step_ps: int
     provenance: str
@@ -77,6 +80,7 @@ class CostModel:
             reread_ps=scale(self.reread_ps),
             solo_item_ps=self.solo_item_ps,
             solo_token_ps=scale(self.solo_token_ps),
+            private_token_ps=max(1, self.private_token_ps * head_dim // 128),
             part_ps=max(1, self.part_ps * head_dim // 128),
             step_ps=self.step_ps,
             provenance=self.provenance,
@@ -91,6 +95,7 @@ class CostModel:
             *self.reread_ps,
             *self.solo_item_ps,
             *self.solo_token_ps,
+            self.private_token_ps,
             self.part_ps,
             self.step_ps,
         ]
@@ -98,24 +103,26 @@ class CostModel:
 
 H100 = CostModel(
     num_sms=132,
-    item_ps=(1_000_000, 2_500_000, 4_000_000),
-    token_ps=(22_500, 22_500, 22_500),
-    reread_ps=(12_000, 12_000, 18_000),
-    solo_item_ps=(3_000_000, 4_000_000, 5_000_000),
-    solo_token_ps=(41_600, 41_600, 38_400),
-    part_ps=60_000,
-    step_ps=100_000,
-    provenance="H100 SXM 80 GB, 2026-11-22: bandwidth and tile rates measured, then coordinate "
-    "descent on measured time over 18 trees and 9 random forests at five head layouts; the solo "
-    "times are those of items that share their SM with others; narrow tile and partials: estimates",
+    item_ps=(1_600_000, 7_500_000, 4_000_000),
+    token_ps=(22_500, 13_500, 13_500),
+    reread_ps=(19_200, 7_800, 18_000),
+    solo_item_ps=(2_000_000, 1_600_000, 6_500_000),
+    solo_token_ps=(36_000, 34_560, 26_560),
+    private_token_ps=25_600,
+    part_ps=48_000,
+    step_ps=242_000,
+    provenance="H100 SXM 80 GB, 2026-11-22: bandwidth and tile rates measured, then random descent "
+    "on measured time over 18 trees, 9 unshared batches and 9 random forests at five head layouts; "
+    "the solo times are those of items that share their SM with others",
 )
 H200 = CostModel(
     num_sms=132,
     item_ps=H100.item_ps,
-    token_ps=(16_000, 16_000, 16_000),
+    token_ps=(16_000, 9_600, 9_600),
     reread_ps=H100.reread_ps,
     solo_item_ps=H100.solo_item_ps,
     solo_token_ps=H100.solo_token_ps,
+    private_token_ps=H100.private_token_ps,
     part_ps=H100.part_ps,
     step_ps=H100.step_ps,
     provenance="H100 constants with the copy bandwidth of an H200; not measured on H200",
@@ -127,6 +134,7 @@ A100 = CostModel(
     reread_ps=(20_000, 25_000, 40_000),
     solo_item_ps=H100.solo_item_ps,
     solo_token_ps=(24_000, 30_000, 50_000),
+    private_token_ps=24_000,
     part_ps=120_000,
     step_ps=H100.step_ps,
     provenance="scaled from H100 by bandwidth and tensor-core rate; not measured on A100",

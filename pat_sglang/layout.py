@@ -90,7 +90,6 @@ STEP_WORDS = 4
 ENTRY_WORDS = 2
 RUN_WORDS = 4
 TAIL_WORDS = 4
-COUNTER_WORDS = 8  # counters of the forward kernel before those of the partials of each row
 SLOT_ALIGN = 4  # every run and tail of the snapshot starts at a multiple of this
 TABLE_ALIGN = 4  # every table of the plan too
 NUM_TABLES = 9

@@ -37,7 +37,7 @@ MAX_CHAIN_GROUP = 64  # query heads per KV head beyond which there are no chains
 MIN_CHUNK = 64  # tokens: no run is cut finer, and every cut is a multiple of CHUNK_ALIGN
 CHUNK_ALIGN = 64
 PART_SCALES = (1, 4, 16, 64)  # price of partials, raised until a plan fits the workspace
-WALL_EIGHTHS = (0, 16, 8, 4, 2, 1)  # tried limits of a work item's solo time, in 1/8 of the mean
+WALL_EIGHTHS = (0, 16, 12, 8, 6, 4, 2, 1)  # tried limits of an item's solo time, 1/8 of the mean
 NO_LIMIT = 1 << 100  # ps; eighths 0
 PIECES_PER_SM = (2, 2, 1)  # work items of each tile that an SM computes side by side
 MAX_HORIZON = 256  # tokens
@@ -105,8 +105,8 @@ class Cut:
     """How a pack is cut: along the tokens, and a chain also along its rows.
 
     Attributes:
-        chunk: tokens of a chunk; the last one is shorter. A tail that is cut has extra chunks,
-            empty at first, that cover the horizon.
+        chunk: tokens of a chunk; the last one is shorter, or takes what a tail grows. A tail that
+            is cut short has extra chunks, empty at first, for that.
         num_chunks: chunks. All but the last of a chain are those of a plain pack.
         rows_per_item: request rows of a chain's work item; 0: not a chain.
         separated: rows of a chain whose tails are packs of their own.
@@ -471,6 +471,16 @@ def _cut(tokens: int, room: int) -> tuple[int, int]:
     return chunk, -(-tokens // chunk)
 
 
+def _empty_chunks(tokens: int, horizon: int, chunk: int) -> int:
+    """Chunks of a tail, empty at first, for what it may grow beyond those of its tokens.
+
+    None where the last of those grows by a quarter of a chunk at most: where chunks are that long,
+    a further item costs every worker more than one item that becomes a little longer.
+    """
+    beyond = horizon - -tokens % chunk
+    return -(-beyond // chunk) if 4 * beyond > chunk else 0
+
+
 @dataclass
 class _Split:
     """Packs cut under one limit, and what that costs."""
@@ -512,7 +522,7 @@ class _Splitter:
 
     def _tail_room(self, limit_ps: int) -> int:
         """Tokens of the longest tail in a chain, which one warp may have to compute alone."""
-        return max(limit_ps // (ITEM_WARPS * self.pricer.model.solo_token_ps[0]), MIN_CHUNK)
+        return max(limit_ps // (ITEM_WARPS * self.pricer.model.private_token_ps), MIN_CHUNK)
 
     def split(self, packs: list[Pack], limit_ps: int) -> _Split:
         """Packs with the separated tails, and their cuts."""
@@ -539,11 +549,19 @@ class _Splitter:
         return result
 
     def _add_chunks(
-        self, result: _Split, rows: int, chunks: int, chunk: int, tokens: int, has_parts: bool
+        self,
+        result: _Split,
+        rows: int,
+        chunks: int,
+        chunk: int,
+        tokens: int,
+        has_parts: bool,
+        empty: int = 0,
     ) -> None:
         """Chunks of a plain pack: ``tokens`` in all; the last is taken for as long as the others.
 
-        Items of the same tile are one load. The first tile of all reads device memory.
+        Items of the same tile are one load, those of ``empty`` further chunks another. The first
+        tile of all reads device memory.
         """
         pricer, model = self.pricer, self.pricer.model
         query_rows = rows * pricer.group
@@ -554,21 +572,24 @@ class _Splitter:
             token_ps = tiles * model.reread_ps[kind]
             if number == 0:
                 token_ps += model.token_ps[kind] - model.reread_ps[kind]
-            work_ps = chunks * tiles * model.item_ps[kind] + tokens * token_ps
-            work_ps += chunks * in_tiles * pricer.query_part_ps if has_parts else 0
-            solo_ps = model.solo_item_ps[kind] + chunk * model.solo_token_ps[kind]
+            empty_ps = tiles * model.item_ps[kind]  # a chunk without a token
+            empty_ps += in_tiles * pricer.query_part_ps if has_parts else 0
+            solo_ps = model.solo_item_ps[kind]
+            if empty > 0:
+                result.loads.append(Load(kind, empty * tiles, solo_ps, empty * empty_ps))
+            solo_ps += chunk * model.solo_token_ps[kind]
+            work_ps = chunks * empty_ps + tokens * token_ps
             result.loads.append(Load(kind, chunks * tiles, solo_ps, work_ps))
-        result.parts += rows * chunks if has_parts else 0
+        result.parts += rows * (chunks + empty) if has_parts else 0
 
     def _plain(self, pack: Pack, limit_ps: int) -> _Split:
         """A pack that is no chain."""
         rows, tokens = len(pack.rows), max(pack.end - pack.start, 0)
         chunk, chunks = _cut(tokens, self._room(self.pricer.kinds(rows)[0], limit_ps))
-        if pack.is_tail and chunks > 1:  # cut the horizon as well, empty at first
-            chunks = -(-(tokens + self.horizon) // chunk)
-        result = _Split([pack], [Cut(chunk, chunks)])
+        empty = _empty_chunks(tokens, self.horizon, chunk) if pack.is_tail and chunks > 1 else 0
+        result = _Split([pack], [Cut(chunk, chunks + empty)])
         is_direct = pack.is_tail and pack.start == 0 and chunks == 1
-        self._add_chunks(result, rows, chunks, chunk, tokens, not is_direct)
+        self._add_chunks(result, rows, chunks, chunk, tokens, not is_direct, empty)
         return result
 
     def _chain(self, pack: Pack, separated: frozenset[int], limit_ps: int) -> _Split:
@@ -576,8 +597,8 @@ class _Splitter:
 
         None is: the fewest rows.
         """
-        solo_token_ps, tries = self.pricer.model.solo_token_ps[0], self.pricer.chain_rows
-        private = {rows: self._steps(pack, rows, separated)[0] * solo_token_ps for rows in tries}
+        token_ps, tries = self.pricer.model.private_token_ps, self.pricer.chain_rows
+        private = {rows: self._steps(pack, rows, separated)[0] * token_ps for rows in tries}
         within = [rows for rows in tries if private[rows] <= limit_ps]
         splits = [self._chain_of(pack, rows, separated, limit_ps) for rows in within or tries[-1:]]
         return min(splits, key=lambda split: split.work_ps)  # ties: the widest
@@ -601,7 +622,7 @@ class _Splitter:
         work_ps = num_items * model.item_ps[kind] + (tokens - above) * token_ps
         work_ps += step_work_ps + parts * pricer.part_ps
         solo_ps = model.solo_item_ps[kind] + (tokens - above) * model.solo_token_ps[kind]
-        solo_ps += private * model.solo_token_ps[0]
+        solo_ps += private * model.private_token_ps
         result.loads.append(Load(kind, num_items, solo_ps, work_ps))
         result.parts += parts
         return result

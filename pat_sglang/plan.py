@@ -121,10 +121,8 @@ class DecodePlan:
         self.slots = torch.zeros(capacity.slots, dtype=torch.int32, device=device)
         self.live_lens = torch.zeros(capacity.rows, dtype=torch.int32, device=device)
         self.filled = torch.zeros(capacity.rows, dtype=torch.int32, device=device)
-        # Work drawn and workers finished, then for each (row, query head) how many of its partials
-        # are written; the forward kernel leaves all of them zero.
-        num_counters = layout.COUNTER_WORDS + capacity.rows * planner.num_q_heads
-        self.counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
+        # Work counters of the persistent kernel; the merge kernel leaves them zero.
+        self.counters = torch.zeros(8, dtype=torch.int32, device=device)
         on_device = device.type == "cuda"
         parts = max(capacity.parts, 1) if on_device else 0
         self.partial_out = empty(parts, planner.num_q_heads, planner.head_dim, dtype=torch.float32)
@@ -261,9 +259,7 @@ class DecodePlanner:
         def sized(parts: int) -> tuple[Capacity, int]:
             sizes = capacity_for(max_rows, max_tokens, parts, self.group_size, MAX_HORIZON)
             part_bytes = 4 * self.num_q_heads * (self.head_dim + 1)
-            counters = layout.COUNTER_WORDS + max_rows * self.num_q_heads
-            words = sizes.words + sizes.slots + 2 * max_rows + counters
-            return sizes, 4 * words + parts * part_bytes
+            return sizes, 4 * (sizes.words + sizes.slots + 2 * max_rows + 8) + parts * part_bytes
 
         minimum = sized(0)[1]
         if minimum > cap_bytes:

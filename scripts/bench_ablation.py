@@ -9,7 +9,7 @@
     no split            no run is cut
     no sharing          the plan of a kernel that knows no prefixes
     serial              the chosen plan in two launches: wide tiles, then the narrow one (None where
-                        it has one kind alone)
+                        it has one kind alone; a second, empty merge is in the time)
 
 Cold times in the protocol of bench_decode; outputs are compared with those of the chosen plan.
 Writes results/ablation-<gpu>.jsonl: {"kind": "cell"} with microseconds by variant (equal plans have
@@ -50,9 +50,11 @@ KEY = ("kind", "tree", "heads", "variant")
 
 
 def halves(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A plan as two: its wide tiles, then its narrow tile."""
+    """A plan as two: its wide tiles without a merge, then its narrow tile with the merge."""
     wide, narrow = words.copy(), words.copy()
     wide[layout.H_ITEM_COUNT] = 0
+    part_ptr = wide[layout.H_OFF_PART_PTR]
+    wide[part_ptr : part_ptr + wide[layout.H_ROWS] + 1] = 0
     narrow[layout.H_ITEM_COUNT + 1 : layout.H_ITEM_COUNT + 3] = 0
     return wide, narrow
 
@@ -66,11 +68,10 @@ def time_serial(bed: Bed, words: np.ndarray, planners: Planners) -> float | None
     second.prepare(bed.case)
     for pat, half in zip((bed.pat, second), halves(words), strict=True):
         load(pat, half)
-    # A row is merged when the partials of both launches are there: they count them in one place.
-    names = ("partial_out", "partial_lse", "counters")
-    own = {name: getattr(second.current, name) for name in names}
-    for name in names:
-        setattr(second.current, name, getattr(bed.pat.current, name))
+    # The merge reads what both launches left.
+    own = second.current.partial_out, second.current.partial_lse
+    second.current.partial_out = bed.pat.current.partial_out
+    second.current.partial_lse = bed.pat.current.partial_lse
     second.out = bed.pat.out
 
     def both() -> torch.Tensor:
@@ -84,8 +85,7 @@ def time_serial(bed: Bed, words: np.ndarray, planners: Planners) -> float | None
         bed.compare(out)
         return common.time_cold(graph, bed.lab.flush)
     finally:
-        for name in names:
-            setattr(second.current, name, own[name])
+        second.current.partial_out, second.current.partial_lse = own
 
 
 def summary(cells: Sequence[Row]) -> list[Row]:

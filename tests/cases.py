@@ -19,6 +19,7 @@ MODEL = CostModel(
     reread_ps=(12_000, 12_000, 12_000),
     solo_item_ps=(2_000_000, 3_500_000, 4_500_000),
     solo_token_ps=(18_000, 8_000, 12_000),
+    private_token_ps=18_000,
     part_ps=83_000,
     step_ps=100_000,
     provenance="for tests",

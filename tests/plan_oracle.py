@@ -312,6 +312,17 @@ def predicted_ps(words: np.ndarray, batch: Batch, setup: Setup) -> int:
         packs[-1].append(of_chunk)
         of_last = tokens
 
+    # The empty chunks of a pack end sooner than its others.
+    packs = [
+        side
+        for pack in packs
+        for side in (
+            [chunk for chunk in pack if reads_of[chunk[0]][0].names.size > 0 or chunk is pack[0]],
+            [chunk for chunk in pack[1:] if reads_of[chunk[0]][0].names.size == 0],
+        )
+        if side
+    ]
+
     query_rows = query_rows_of_items(words, group)
     loads: list[Load] = []
     for of_pack_chunks in packs:
@@ -346,7 +357,7 @@ def predicted_ps(words: np.ndarray, batch: Batch, setup: Setup) -> int:
         for kind in range(3):
             solo = model.solo_item_ps[kind] + longest * model.solo_token_ps[kind]
             if counts[kind]:
-                solo += private * model.solo_token_ps[0]
+                solo += private * model.private_token_ps
                 loads.append(Load(kind, counts[kind], solo, works[kind]))
     return bound_ps(loads, setup)
 
@@ -411,7 +422,7 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
     room = [max(limit // ps, 64) for ps in model.solo_token_ps]
 
     # Loads and whether the steps are within the limit, for a number of rows an item.
-    most = max(limit // (4 * model.solo_token_ps[0]), 64)  # of a warp alone
+    most = max(limit // (4 * model.private_token_ps), 64)  # of a warp alone
     separated = {row for row, tail in enumerate(tails) if tail > most}
     own = [
         {("node", n): int(batch.forest.length[n]) for n in batch.path_of_row[row][1:]}
@@ -443,7 +454,7 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
         work += last * (model.token_ps[kind] + (items - 1) * model.reread_ps[kind])
         work += (rows if chunks > 1 else len(separated)) * group * model.part_ps
         solo = model.solo_item_ps[kind] + last * model.solo_token_ps[kind]
-        private_ps = private * model.solo_token_ps[0]
+        private_ps = private * model.private_token_ps
         return [*loads, Load(kind, items, solo + private_ps, work)], private_ps <= limit
 
     if any(own):
@@ -463,6 +474,8 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
         loads = plain(rows, shared, chunk, chunks)
     for row in separated:
         chunk, chunks = cut(tails[row], room[tiles(group)[0]])
-        chunks = -(-(tails[row] + horizon) // chunk) if chunks > 1 else 1
         loads += plain(1, tails[row], chunk, chunks)
+        beyond = tails[row] + horizon - chunks * chunk
+        if chunks > 1 and beyond > chunk / 4:  # otherwise the last chunk takes it
+            loads += plain(1, 0, 0, -(-beyond // chunk))
     return ChainCut(chosen, separated, bound_ps(loads, setup))

@@ -174,6 +174,7 @@ models = st.one_of(
         reread_ps=_tokens,
         solo_item_ps=_prices,
         solo_token_ps=_tokens,
+        private_token_ps=st.integers(1, 200_000),
         part_ps=st.integers(1, 500_000),
         step_ps=st.one_of(st.integers(1, 1000), st.integers(1, 1_000_000)),
         provenance=st.just("random"),

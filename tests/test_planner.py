@@ -286,7 +286,7 @@ def test_layout_constants_are_the_same_in_both_languages() -> None:
     }
     header["WORDS"] = header.pop("WORD_COUNT")
     assert header == {n[2:]: v for n, v in vars(layout).items() if n.startswith("H_")}
-    for table in ("Header", "Item", "Fragment", "Step", "Entry", "Run", "Tail", "Counter"):
+    for table in ("Header", "Item", "Fragment", "Step", "Entry", "Run", "Tail"):
         assert found[f"{table}Words"] == getattr(layout, f"{table.upper()}_WORDS")
     assert found["SlotAlign"] == layout.SLOT_ALIGN
     assert found["TableAlign"] == layout.TABLE_ALIGN

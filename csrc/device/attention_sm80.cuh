@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT
-// One work item computed by one unit: a warp (narrow tile) or the block (wide tiles).
+// One work item computed by the block.
 //
 //   shared run   (wide) the slices of an entry are one tile of 64 tokens for all rows of the item; one
 //                barrier of the block a ring step: after it the entry of this step is complete for
 //                all warps, and the entry of the previous step is free
-//   private      the slices of an entry have nothing to do with each other: each warp goes through
-//   runs         the steps of its fragments, for its 16 rows, and waits for nobody. The stream does
-//                not stop in between: the first private slices are loaded during the last tiles of
-//                the shared run.
+//   streams      the slices of an entry have nothing to do with each other: each warp goes through
+//                its own and waits for nobody. Those of a wide item are the steps of the warp's
+//                fragments; the first are loaded during the last tiles of the shared run.
 //
-// A narrow item has only the second phase; the run its rows share comes first in its stream.
+// A narrow item has only the second phase. Its four streams have the same rows and share the tokens of the
+// shared run and of the steps; the four states are combined at the end.
 #pragma once
 
 #include "block_tile_sm80.cuh"
@@ -18,6 +18,7 @@
 #include "output.cuh"
 #include "pipeline_sm80.cuh"
 #include "stream_sm80.cuh"
+#include "work_list.cuh"
 
 #if defined(PAT_PATH_SM80)
 
@@ -27,14 +28,15 @@ template <typename Config>
 class ItemAttention {
  public:
   __device__ ItemAttention(const DecodeParams& params, const Tables& tables, uint32_t shared,
-                           Mailbox (&mailboxes)[kWarps])
+                           BlockShared& block)
       : params_(params),
         tables_(tables),
         shared_(shared),
         // Opaque: what one tile computes from it is not kept for the others.
         warp_(ptx::opaque(threadIdx.x / 32)),
         lane_(threadIdx.x % 32),
-        mailbox_(mailboxes[warp_]) {}
+        block_(block),
+        mailbox_(block.mailboxes[warp_]) {}
 
   /// Computes one piece, a pair of item and KV head, and writes its outputs or partials. Returns
   /// what `draw` gave, which is called when the last slice was issued: late enough not to hoard
@@ -63,9 +65,11 @@ class ItemAttention {
     };
 
     // Each warp brings the rows it owns, in the group of the ring's first entry.
+    if (Config::kWide || warp_ == 0) {
 #pragma unroll
-    for (int b = 0; b < Config::kRowBlocks; ++b) {
-      copy_q(params_, tables_, item, first_row(b), kv_head, q(b));
+      for (int b = 0; b < Config::kRowBlocks; ++b) {
+        QueryRows(params_, tables_, item, first_row(b), kv_head).issue(params_, q(b));
+      }
     }
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) issue(step, step % 2 == 1);
@@ -94,17 +98,19 @@ class ItemAttention {
       // NOTE: items are read again, from L1, rather than kept in registers through the loop.
       if (load_piece<Config>(params_, tables_, piece).first_fragment < 0) {
 #pragma unroll
-        for (int b = 0; b < Config::kRowBlocks; ++b) write(rows_[b], piece, b);
+        for (int b = 0; b < Config::kRowBlocks; ++b) finish(rows_[b], piece, b);
         ptx::cp_async_wait<0>();
         return next < 0 ? draw() : next;
       }
     }
 
-    Fragment fragment(lane_);
+    if (!Config::kWide) await_entry();  // Q, which came with warp 0's first slice
+    QueryFragment q_rows;
+    Fragment fragment(q_rows, lane_);
 #pragma unroll 1
     for (int32_t b = 0; b < Config::kRowBlocks; ++b) {
-      await_slice();  // and Q, which came with the first entry
-      fragment.load_q(q(b));
+      await_slice();
+      load_query(q_rows, q(b));
       while (true) {
         const int32_t slice = mailbox_.slices[stage_];
         if (slice == Slice::kEnd || Slice::block(slice) != b) break;
@@ -117,7 +123,7 @@ class ItemAttention {
         to_next_stage();
         await_slice();
       }
-      write(rows_[0], piece, b);
+      finish(rows_[0], piece, b);
       if constexpr (Config::kRowBlocks > 1) rows_[0] = rows_[1];
     }
     ptx::cp_async_wait<0>();
@@ -133,9 +139,9 @@ class ItemAttention {
     return Config::kWide ? block * kBlockRows + warp_ * kFragmentRows : 0;
   }
 
-  /// This warp's rows of a block; of its own item, where the warps have one each.
+  /// The warp's rows of a block.
   __device__ uint32_t q(int block) const {
-    return shared_ + block * kEntryBytes + warp_ * kSliceBytes;
+    return shared_ + block * kEntryBytes + (Config::kWide ? warp_ * kSliceBytes : 0);
   }
   __device__ uint32_t entry(int32_t stage) const { return shared_ + kQBytes + stage * kEntryBytes; }
   __device__ uint32_t slice_address(int32_t stage) const {
@@ -174,12 +180,39 @@ class ItemAttention {
     }
   }
 
-  __device__ __forceinline__ void write(const RowBlock& rows, int32_t piece, int block) const {
+  /// The states of the warps in warp 0. The 48 rows of Q that a narrow item does not have take what the
+  /// others send.
+  __device__ __forceinline__ void combine(RowBlock& rows, int32_t query_rows) const {
+    combine_half<0>(rows);
+    if (query_rows > 8) combine_half<1>(rows);
+  }
+  template <int kHalf>
+  __device__ __forceinline__ void combine_half(RowBlock& rows) const {
+    const auto slice = [&](int warp) { return shared_ + warp * kSliceBytes; };
+    const auto sent = [&](int warp) { return ptx::shared_address(&block_.mailboxes[warp].sent); };
+    if (warp_ > 0) send_state<kHalf>(rows, slice(warp_), sent(warp_));
+    __syncthreads();
+    if (warp_ == 0) {
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) {
+        receive_state<kHalf>(rows, slice(w), sent(w), params_.scale_log2);
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void finish(RowBlock& rows, int32_t piece, int block) const {
     const Item item = load_piece<Config>(params_, tables_, piece);
     const int32_t rows_left = item.query_rows - first_row(block);
-    const bool valid = lane_ < min(rows_left, kFragmentRows);
-    const QueryRow mine(tables_, item, valid ? first_row(block) + lane_ : 0,
-                        piece % params_.num_kv_heads, params_.group_size);
+    const bool exists = lane_ < min(rows_left, kFragmentRows);
+    const FinishedRow mine(
+        QueryRow(tables_, item.first_entry, item.head_offset, exists ? first_row(block) + lane_ : 0,
+                 piece % params_.num_kv_heads, params_.group_size),
+        params_.live_lens);
+    if constexpr (!Config::kWide) {
+      combine(rows, item.query_rows);
+      if (warp_ > 0) return;
+    }
     write_rows(params_, rows, mine, rows_left);
   }
 
@@ -187,6 +220,7 @@ class ItemAttention {
   const Tables& tables_;
   const uint32_t shared_;
   const int warp_, lane_;
+  BlockShared& block_;
   Mailbox& mailbox_;
   uint32_t column_;  // bytes
   int32_t stage_;
@@ -195,27 +229,41 @@ class ItemAttention {
 
 /// Computes pieces of one tile shape until none is left.
 template <typename Config>
-__device__ void drain(const DecodeParams& params, const Tables& tables, uint32_t shared,
-                      Mailbox (&mailboxes)[kWarps], int32_t& drawn) {
-  const auto items = [&] { return tables.header(kHeaderItemCount + Config::kTile); };
-  if (items() == 0) return;
-  const bool leader = threadIdx.x % (Config::kWide ? kThreads : 32) == 0;
-  const auto draw = [&] { return leader ? atomicAdd(params.counters + Config::kTile, 1) : 0; };
-  // Of the unit's leader, for all of it.
-  const auto share = [&](int32_t value) {
-    if constexpr (Config::kWide) {
-      if (leader) drawn = value;
-      __syncthreads();
-      const int32_t piece = drawn;
-      __syncthreads();
-      return piece;
-    } else {
-      return __shfl_sync(0xffffffffu, value, 0);
-    }
+__device__ __forceinline__ void drain(const DecodeParams& params, const Tables& tables,
+                                      const TileWork& work, uint32_t shared, BlockShared& block) {
+  const bool leader = threadIdx.x == 0;
+  const auto draw = [&] { return leader ? draw_piece(params, Config::kTile, work.drawn_from) : 0; };
+  const auto share = [&](int32_t value) {  // the leader's
+    if (leader) block.drawn = value;
+    __syncthreads();
+    const int32_t piece = block.drawn;
+    __syncthreads();
+    return piece;
   };
-  ItemAttention<Config> attention(params, tables, shared, mailboxes);
-  int32_t piece = share(draw());
-  while (piece < items() * params.num_kv_heads) piece = share(attention.run(piece, draw));
+  ItemAttention<Config> attention(params, tables, shared, block);
+  int32_t piece = work.first < 0 ? share(draw()) : work.first;
+  while (piece < work.pieces) piece = share(attention.run(piece, draw));
+}
+
+/// Computes pieces until none is left.
+__device__ __forceinline__ void drain_all(const DecodeParams& params, const Tables& tables,
+                                          uint32_t shared, BlockShared& block) {
+#pragma unroll 1
+  for (int i = 0; i < kNumTiles; ++i) {
+    const TileWork work = tile_work(params, tables, i, kWorkers);
+    if (work.pieces == 0) continue;
+    switch (work.tile) {
+      case 0:
+        drain<TileConfig<0>>(params, tables, work, shared, block);
+        break;
+      case 1:
+        drain<TileConfig<1>>(params, tables, work, shared, block);
+        break;
+      case 2:
+        drain<TileConfig<2>>(params, tables, work, shared, block);
+        break;
+    }
+  }
 }
 
 }  // namespace pat

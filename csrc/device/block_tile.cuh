@@ -31,9 +31,10 @@ inline constexpr int kTokenSteps = kBlockRows / 16;  // MMA steps along the toke
 /// tile while the softmax of the next one runs; the block's other half fills what is left of their time.
 class SharedRun {
  public:
-  /// `q`: the rows' Q in shared memory.
-  __device__ SharedRun(uint32_t q, RowBlock& rows, float scale_log2)
-      : q_(wgmma::descriptor(q)), rows_(rows), scale_log2_(scale_log2) {}
+  /// `q`: of the warp's rows. From registers it leaves the tensor cores all of the shared memory's rate:
+  /// with 64 tokens a step, Q takes as much of it as K.
+  __device__ SharedRun(const QueryFragment& q, RowBlock& rows, float scale_log2)
+      : q_(q), rows_(rows), scale_log2_(scale_log2) {}
 
   /// `ring` gives the tiles in order, the descriptor of the next K (V) once it has arrived, and takes
   /// them back in the same order.
@@ -77,7 +78,7 @@ class SharedRun {
     for (int i = 0; i < kDepthSteps; ++i) {
       // 16 columns of d are 32 bytes of a panel row.
       const uint64_t offset = wgmma::offset(i / 4 * kPanelBytes + i % 4 * 32);
-      wgmma::mma_shared(scores_, q_ + offset, k + offset, i > 0);
+      wgmma::mma_scores(scores_, q_.of_step[i], k + offset, i > 0);
     }
     wgmma::commit();
   }
@@ -104,7 +105,7 @@ class SharedRun {
     for (int t = 0; t < kTokenSteps; ++t) pack_probabilities(p_[t], scores_, t);
   }
 
-  const uint64_t q_;
+  const QueryFragment& q_;
   RowBlock& rows_;
   const float scale_log2_;
   float scores_[kScoreBlocks][4];

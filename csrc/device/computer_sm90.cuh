@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// The computing warps: a warpgroup for the run all rows of a wide item share, then each warp alone for
-// the runs of its own rows.
+// The computing warps: a warpgroup for the run all rows of a wide item share, each warp alone for its
+// stream of slices.
 #pragma once
 
 #include "block_tile.cuh"
+#include "combine.cuh"
 #include "fragment.cuh"
 #include "output.cuh"
 #include "pipeline_sm90.cuh"
@@ -11,6 +12,25 @@
 #if defined(PAT_PATH_SM90)
 
 namespace pat {
+
+/// A box, read when a word of it is needed: registers are scarcer than the latency of shared memory.
+class BoxReader {
+ public:
+  __device__ explicit BoxReader(uint32_t address) : address_(address) {}
+  __device__ int32_t piece() const { return word(offsetof(Box, piece)); }
+  __device__ int32_t tokens() const { return word(offsetof(Box, tokens)); }
+  __device__ int32_t query_rows() const { return word(offsetof(Box, query_rows)); }
+  __device__ int32_t first_entry() const { return word(offsetof(Box, first_entry)); }
+  __device__ int32_t head_offset() const { return word(offsetof(Box, head_offset)); }
+  __device__ int tile() const { return word(offsetof(Box, tile)); }
+  __device__ Phase phase(int i) const {
+    return static_cast<Phase>(word(offsetof(Box, phases) + i * sizeof(Phase)));
+  }
+
+ private:
+  __device__ int32_t word(uint32_t offset) const { return ptx::load_shared(address_ + offset); }
+  uint32_t address_;
+};
 
 class Computer {
  public:
@@ -24,113 +44,109 @@ class Computer {
         mine_(shared, half_),
         pair_(mine_, warp_) {}
 
-  /// Computes the pieces the partner loads of one tile shape.
-  template <typename Config>
-  __device__ void drain() {
-    if (tables_.header(kHeaderItemCount + Config::kTile) == 0) return;
-    while (true) {
-      await_q<Config>();
-      const int4 a = ptx::load_shared_x4(pair_.box());
-      const int4 b = ptx::load_shared_x4(pair_.box() + 16);
-      if (a.x < 0) break;
-      compute<Config>({a.x, a.y, a.z, a.w, b.x, b.y, b.z});
+  /// Computes what the loading warps bring.
+  __device__ void run() {
+    for (uint32_t parity = 0;; parity ^= 1) {
+      ptx::barrier_wait(mine_.q_full(), parity);
+      const BoxReader box(mine_.box(parity));
+      if (box.piece() < 0) break;
+      compute(box);
     }
-    release_q<Config>();
   }
 
  private:
-  template <typename Config>
-  __device__ void compute(const Box& box) {
-    // Known only at the end, asked for now.
-    const int32_t first = first_row<Config>(half_, warp_);
-    const int32_t rows_left = box.query_rows - first;
-    const bool valid = lane_ < min(rows_left, kFragmentRows);
-    const Item item{.first_entry = box.first_entry, .head_offset = box.head_offset};
-    const QueryRow mine(tables_, item, valid ? first + lane_ : 0, box.piece % params_.num_kv_heads,
-                        params_.group_size);
+  __device__ __forceinline__ void compute(const BoxReader& box) {
+    QueryFragment q;
+    load_query(q, mine_.q() + (is_narrow(box.tile()) ? 0 : warp_ * kSliceBytes));
+    __syncwarp();
+    if (lane_ == 0) ptx::barrier_arrive(mine_.q_empty(), 1);
     RowBlock rows;
     rows.clear();
-
-    if constexpr (Config::kWide) {
-      if (!box.is_chain) {
-        shared_run<Config>(box.tokens, rows);
-        release_q<Config>();
-      } else {
 #pragma unroll 1
-        for (int phase = 0; phase < 2; ++phase) {
-          if (phase == (box.private_first ? 0 : 1)) {
-            private_runs<Config>(rows, phase == 1);
-          } else {
-            shared_run<Config>(box.tokens, rows);
-            if (phase == 1) release_q<Config>();
-          }
-        }
+    for (int i = 0; i < 2; ++i) {
+      const Phase phase = box.phase(i);
+      if (phase == kSharedRun) shared_run(q, box.tokens(), is_joint(box.tile()), rows);
+      if (phase == kStreams) {
+        stream(q, rows);
+        if (!is_narrow(box.tile())) release_slice();
       }
-    } else {
-      private_runs<Config>(rows, true);
+    }
+    const int32_t first = first_row(box.tile(), half_, warp_);
+    const int32_t rows_left = box.query_rows() - first;
+    const bool exists = lane_ < min(rows_left, kFragmentRows);
+    const FinishedRow mine(
+        QueryRow(tables_, box.first_entry(), box.head_offset(), exists ? first + lane_ : 0,
+                 box.piece() % params_.num_kv_heads, params_.group_size),
+        params_.live_lens);
+    if (is_narrow(box.tile())) {
+      combine(rows, box.query_rows());
+      ptx::fence_proxy_async();  // the copy engine may write next where a state was sent
+      release_slice();
+      if (warp_ > 0) return;
     }
     write_rows(params_, rows, mine, rows_left);
   }
 
-  template <typename Config>
-  __device__ __forceinline__ void shared_run(int32_t tokens, RowBlock& rows) {
-    EntryRing<Config> ring(*this);
-    SharedRun(mine_.q(), rows, params_.scale_log2).run(tokens, ring);
+  __device__ __forceinline__ void shared_run(const QueryFragment& q, int32_t tokens, bool both,
+                                             RowBlock& rows) {
+    EntryRing ring(*this, both);
+    SharedRun(q, rows, params_.scale_log2).run(tokens, ring);
     // Behind the entries that this half brought.
     const int32_t tiles = (tokens + kBlockRows - 1) / kBlockRows;
-    ring_.go_to((tiles + Config::kRowBlocks - 1 - (Config::kRowBlocks == 2 ? half_ : 0)) /
-                Config::kRowBlocks * 2 % kStages);
+    stage_ = (both ? (tiles + 1 - half_) / 2 : tiles) * 2 % kStages;
   }
 
-  /// This warp's stream to its end. `last`: nobody needs Q afterwards.
-  template <typename Config>
-  __device__ __forceinline__ void private_runs(RowBlock& rows, bool last) {
-    Fragment fragment(lane_);
-    fragment.load_q(mine_.q() + warp_ * kSliceBytes);
-    if (last) release_q<Config>();
+  /// This warp's stream; its end mark is not released.
+  __device__ __forceinline__ void stream(const QueryFragment& q, RowBlock& rows) {
+    Fragment fragment(q, lane_);
     while (true) {
       await_slice();
-      const int32_t slice = ptx::load_shared(pair_.slice(ring_.stage()));
+      const int32_t slice = ptx::load_shared(pair_.slice(stage_));
       if (slice == Slice::kEnd) break;
       fragment.scores(slice_address(), slice, rows, params_.scale_log2, [&] { release_slice(); });
       await_slice();
       fragment.accumulate(slice_address(), rows, [&] { release_slice(); });
     }
-    release_slice();
   }
 
-  __device__ uint32_t slice_address() const {
-    return mine_.entry(ring_.stage()) + warp_ * kSliceBytes;
+  /// The states of the half's warps in warp 0. The slice of the end mark, which holds nothing, takes
+  /// what a warp sends.
+  __device__ __forceinline__ void combine(RowBlock& rows, int32_t query_rows) {
+    if (lane_ == 0) ptx::store_shared(pair_.sent_slice(), slice_address());
+    combine_half<0>(rows);
+    if (query_rows > 8) combine_half<1>(rows);
   }
-
-  template <typename Config>
-  __device__ void await_q() {
-    if constexpr (Config::kWide) {
-      ptx::barrier_wait(mine_.q_full(), half_q_parity_);
-      half_q_parity_ ^= 1;
-    } else {
-      ptx::barrier_wait(pair_.q_full(), pair_q_parity_);
-      pair_q_parity_ ^= 1;
+  template <int kHalf>
+  __device__ __forceinline__ void combine_half(RowBlock& rows) {
+    if (warp_ > 0) send_state<kHalf>(rows, slice_address(), pair_.sent());
+    sync_computers();
+    if (warp_ == 0) {
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) {
+        const Pair other(mine_, w);
+        receive_state<kHalf>(rows, ptx::load_shared(other.sent_slice()), other.sent(),
+                             params_.scale_log2);
+      }
     }
+    sync_computers();
   }
 
-  /// Of a wide item every warp has read all rows of its half, of a narrow one its own.
-  template <typename Config>
-  __device__ void release_q() {
-    __syncwarp();
-    if constexpr (Config::kWide) {
-      if (lane_ < kWarps) ptx::barrier_arrive(Pair(mine_, lane_).q_empty(), 1);
-    } else {
-      if (lane_ == 0) ptx::barrier_arrive(pair_.q_empty(), kWarps);
-    }
+  __device__ __forceinline__ void sync_computers() const {
+    ptx::named_barrier(kComputersOfHalf + half_, kHalfThreads);
   }
+
+  __device__ uint32_t slice_address() const { return mine_.entry(stage_) + warp_ * kSliceBytes; }
 
   /// The entries of a shared run in the order of the tiles: K at even stages, V at odd ones, of this
   /// half or of both in turn. What was awaited last is what is released.
-  template <typename Config>
   class EntryRing {
    public:
-    __device__ explicit EntryRing(Computer& computer) : computer_(computer) {}
+    __device__ EntryRing(Computer& computer, bool both)
+        : computer_(computer),
+          both_(both),
+          last_place_(kStages / 2 * (both ? 2 : 1) - 1),
+          k_(last_place_),
+          v_(last_place_) {}
 
     /// Waits for the next K, the next V or both and gives their descriptors.
     /// NOTE: one fence for both: it waits until the thread has no memory access in flight.
@@ -155,19 +171,15 @@ class Computer {
     __device__ void release_v() const { release(v_, 1); }
 
    private:
-    static constexpr bool kBoth = Config::kRowBlocks == 2;
-    static constexpr int kPlaces = kStages / 2 * Config::kRowBlocks;  // of a tile
-
-    __device__ int half_of(int place) const { return kBoth ? place % 2 : computer_.half_; }
-    __device__ static int stage_of(int place) { return kBoth ? (place & ~1) : place * 2; }
+    __device__ int half_of(int place) const { return both_ ? place % 2 : computer_.half_; }
+    __device__ int stage_of(int place) const { return both_ ? (place & ~1) : place * 2; }
 
     __device__ void await(int& place, int is_v) {
-      place = place == kPlaces - 1 ? 0 : place + 1;
+      place = place == last_place_ ? 0 : place + 1;
       const Half half(computer_.shared_, half_of(place));
-      const int stage = stage_of(place) + is_v;
-      const uint32_t bit = 1u << (half_of(place) * kStages + stage);
-      ptx::barrier_wait(half.entry_full(stage), (computer_.entry_parities_ & bit) != 0);
-      computer_.entry_parities_ ^= bit;
+      const int stage = stage_of(place) + is_v, of_both = half_of(place) * kStages + stage;
+      ptx::barrier_wait(half.entry_full(stage), computer_.entries_.of(of_both));
+      computer_.entries_.advance(of_both);
     }
     __device__ uint64_t descriptor(int place, int is_v) const {
       const Half half(computer_.shared_, half_of(place));
@@ -175,25 +187,27 @@ class Computer {
     }
     __device__ void release(int place, int is_v) const {
       __syncwarp();
-      const int lane = computer_.lane_;
-      if (lane < kWarps) {
-        const Pair pair(Half(computer_.shared_, half_of(place)), lane);
-        ptx::barrier_arrive(pair.slice_empty(stage_of(place) + is_v),
-                            kReaders / kWarps / Config::kRowBlocks);
+      if (computer_.lane_ == 0) {
+        const Half half(computer_.shared_, half_of(place));
+        ptx::barrier_arrive(half.entry_empty(stage_of(place) + is_v),
+                            kReaders / kWarps / (both_ ? 2 : 1));
       }
     }
 
     Computer& computer_;
-    int k_ = kPlaces - 1, v_ = kPlaces - 1;
+    const bool both_;
+    const int last_place_;  // of a tile
+    int k_, v_;
   };
 
   __device__ __forceinline__ void await_slice() {
-    ptx::barrier_wait(pair_.slice_full(ring_.stage()), ring_.parity());
+    ptx::barrier_wait(pair_.slice_full(stage_), slices_.of(stage_));
   }
   __device__ __forceinline__ void release_slice() {
     __syncwarp();
-    if (lane_ == 0) ptx::barrier_arrive(pair_.slice_empty(ring_.stage()), kReaders);
-    ring_.advance();
+    if (lane_ == 0) ptx::barrier_arrive(pair_.slice_empty(stage_), 1);
+    slices_.advance(stage_);
+    stage_ = next_stage(stage_);
   }
 
   const DecodeParams& params_;
@@ -202,9 +216,9 @@ class Computer {
   const uint32_t shared_;
   const Half mine_;
   const Pair pair_;
-  RingPosition ring_;            // of private runs
-  uint32_t entry_parities_ = 0;  // bit half * kStages + stage
-  uint32_t half_q_parity_ = 0, pair_q_parity_ = 0;
+  int stage_ = 0;        // of the warp's stream
+  Parities slices_{0};   // of slice_full
+  Parities entries_{0};  // of entry_full, half * kStages + stage
 };
 
 }  // namespace pat

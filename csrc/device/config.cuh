@@ -49,7 +49,7 @@ struct TileConfig {
   static constexpr int kRows = kTiles[kTile].rows;
   static constexpr bool kWide = kRows > kFragmentRows;
   static constexpr int kRowBlocks = kWide ? kRows / kBlockRows : 1;
-  static constexpr int kTokens = kWide ? kBlockRows : kSliceTokens;  // of the shared run, a step
+  static constexpr int kTokens = kBlockRows;  // of the shared run, a step
 
   static_assert(kTokens == kTiles[kTile].tokens, "the planner counts the tokens of a step");
   static_assert(kWide ? kRows % kBlockRows == 0 : kRows == kFragmentRows, "whole MMA tiles");

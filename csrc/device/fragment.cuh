@@ -10,14 +10,7 @@ namespace pat {
 
 class Fragment {
  public:
-  __device__ explicit Fragment(int32_t lane) : lane_(lane) {}
-
-  /// Q from 16 rows of a block in shared memory.
-  __device__ __forceinline__ void load_q(uint32_t rows_address) {
-    const uint32_t lane_address = rows_address + swizzled(lane_ & 15, lane_ >> 4);
-#pragma unroll
-    for (int k = 0; k < kDepthSteps; ++k) ptx::ldmatrix_x4(q_[k], stepped(lane_address, 0, k * 2));
-  }
+  __device__ Fragment(const QueryFragment& q, int32_t lane) : lane_(lane), q_(q) {}
 
   /// Scores of the slice and the online softmax; `release` is called when K has been read. Rows that
   /// do not own the slice keep their state.
@@ -46,8 +39,8 @@ class Fragment {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         auto& sum = i % 2 == 0 ? scores_ : odd;
-        ptx::mma_m16n8k16<Element>(sum[0], q_[first + i], f[i][0], f[i][1]);
-        ptx::mma_m16n8k16<Element>(sum[1], q_[first + i], f[i][2], f[i][3]);
+        ptx::mma_m16n8k16<Element>(sum[0], q_.of_step[first + i], f[i][0], f[i][1]);
+        ptx::mma_m16n8k16<Element>(sum[1], q_.of_step[first + i], f[i][2], f[i][3]);
       }
     }
     release();
@@ -100,7 +93,7 @@ class Fragment {
   static_assert(kOutBlocks / 2 % kBatch == 0, "whole batches");
 
   const int32_t lane_;
-  uint32_t q_[kDepthSteps][4];
+  const QueryFragment& q_;
   float scores_[2][4];
 };
 

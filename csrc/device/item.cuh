@@ -39,44 +39,62 @@ static_assert(kItemWords == 12 && kEntryWords == 2 && kRunWords == 4 && kFragmen
               "vector loads of the tables");
 
 /// Tokens of a tail piece that exist. `live` is the row's true length, -1 when it outgrew its tail
-/// unseen by the host: its output is NaN, and one token is left to carry that.
+/// unseen by the host: its output is NaN, whatever was read.
 __device__ __forceinline__ int32_t live_length(int32_t bound, int32_t live, int32_t position) {
-  return live < 0 ? min(1, bound) : min(max(live - position, 0), bound);
+  return min(max(live - position, 0), bound);
 }
 
 struct Item {
   int32_t first_entry, head_offset, query_rows;
   int32_t first_slot, first_length, next_run, beyond;  // the run all rows share
   int32_t first_fragment;                              // -1: no row has steps of its own
+  int32_t tail_row, tail_position;  // where the run starts in a tail, -1: it does not
+
+  __device__ Item(const Tables& tables, int32_t index) {
+    const int4 a = tables.item(index, 0), b = tables.item(index, 1), c = tables.item(index, 2);
+    first_entry = a.x;
+    head_offset = a.y;
+    query_rows = a.z;
+    first_slot = a.w;
+    first_length = b.x;
+    next_run = b.y;
+    beyond = b.z;
+    tail_position = b.w;
+    first_fragment = c.x;
+    tail_row = c.y;
+  }
+
+  /// Cuts the tail to what exists of it. Until then `first_length` is a bound.
+  __device__ void clip(const int32_t* live_lens) {
+    if (tail_position >= 0) {
+      first_length = live_length(first_length, __ldg(live_lens + tail_row), tail_position);
+    }
+  }
 
   __device__ int32_t tokens() const { return first_length + beyond; }
 };
 
-__device__ __forceinline__ Item load_item(const Tables& tables, const int32_t* live_lens,
-                                          int32_t index) {
-  const int4 a = tables.item(index, 0);
-  const int4 b = tables.item(index, 1);
-  const int4 c = tables.item(index, 2);
-  Item item{a.x, a.y, a.z, a.w, b.x, b.y, b.z, c.x};
-  if (b.w >= 0) {
-    const int32_t live = __ldg(live_lens + tables.entry(item.first_entry).x);
-    item.first_length = live_length(item.first_length, live, b.w);
-  }
-  return item;
-}
-
-/// Query row r of an item: request row, query head, partial slot.
+/// Query row r of an item: request row, query head, partial slot (-1: final).
 struct QueryRow {
   int32_t row, head, part;
 
-  __device__ QueryRow(const Tables& tables, const Item& item, int32_t r, int32_t kv_head,
-                      int32_t group_size) {
-    const int32_t flat = item.head_offset + r;
-    const int2 entry = tables.entry(item.first_entry + flat / group_size);
+  /// `first_entry`, `head_offset`: of the item.
+  __device__ QueryRow(const Tables& tables, int32_t first_entry, int32_t head_offset, int32_t r,
+                      int32_t kv_head, int32_t group_size) {
+    const int32_t flat = head_offset + r;
+    const int2 entry = tables.entry(first_entry + flat / group_size);
     row = entry.x;
     head = kv_head * group_size + flat % group_size;
     part = entry.y;
   }
+};
+
+/// A query row at the end of an item, with whether its request outgrew its tail.
+struct FinishedRow : QueryRow {
+  bool overflowed;
+
+  __device__ FinishedRow(const QueryRow& query, const int32_t* live_lens)
+      : QueryRow(query), overflowed(__ldg(live_lens + query.row) < 0) {}
 };
 
 /// Maps a token index of the shared run to a slot, for one lane whose token indices only ever grow.
@@ -107,5 +125,35 @@ class SlotWalk {
   int32_t offset_;   // snapshot offset of token index 0, were it in the current run
   int32_t next_, beyond_;
 };
+
+/// Brings the head of the plan, the slots and the lengths to L2, by all threads of the grid. Between two
+/// layers of a model they have left it, and an item's first loads are a chain: header, item, slots, K.
+/// Each block also touches every buffer, for its SM to know their pages.
+__device__ __forceinline__ void prefetch_tables(const DecodeParams& params) {
+  switch (threadIdx.x) {
+    case 0:
+      ptx::prefetch_l1(params.plan);
+      break;
+    case 32:
+      ptx::prefetch_l2(params.slots);
+      break;
+    case 64:
+      ptx::prefetch_l2(params.live_lens);
+      break;
+    case 96:
+      ptx::prefetch_l2(params.q);
+      break;
+  }
+  constexpr int32_t kLines = 4096, kLineWords = 32;
+  const auto line = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int32_t word = line % kLines * kLineWords;
+  if (line < kLines) {
+    if (word < params.plan_words) ptx::prefetch_l2(params.plan + word);
+  } else if (line < 2 * kLines) {
+    if (word < params.slot_words) ptx::prefetch_l2(params.slots + word);
+  } else if (word < params.live_words) {
+    ptx::prefetch_l2(params.live_lens + word);
+  }
+}
 
 }  // namespace pat

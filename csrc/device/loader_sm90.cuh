@@ -5,6 +5,7 @@
 
 #include "copy.cuh"
 #include "pipeline_sm90.cuh"
+#include "work_list.cuh"
 
 #if defined(PAT_PATH_SM90)
 
@@ -23,222 +24,270 @@ class Loader {
         pair_(mine_, warp_),
         lane_offset_(warp_ * kSliceBytes + swizzled(lane_ / kRowChunks, lane_ % kRowChunks)) {}
 
-  /// Brings the head of the plan and of the slots to L2. Between two layers of a model both have left
-  /// it, and an item's first loads are a chain of four: header, item, slots, K.
-  __device__ void prefetch_plan() const {
-    constexpr int32_t kLines = 2048, kLineWords = 32;
-    const int32_t line = blockIdx.x * (kThreads / 2) + threadIdx.x % (kThreads / 2);
-    const int32_t word = line % kLines * kLineWords;
-    if (line < kLines) {
-      if (word < params_.plan_words) ptx::prefetch_l2(params_.plan + word);
-    } else if (line < 2 * kLines) {
-      if (word < params_.slot_words) ptx::prefetch_l2(params_.slots + word);
-    }
-  }
-
-  /// Loads pieces of one tile shape until none is left.
-  template <typename Config>
-  __device__ void drain() {
-    const int32_t pieces = tables_.header(kHeaderItemCount + Config::kTile) * params_.num_kv_heads;
-    if (pieces == 0) return;
-    for (int32_t piece = draw<Config>(); piece < pieces; piece = draw<Config>()) {
-      load<Config>(piece);
+  /// Loads pieces until none is left.
+  /// NOTE: what is known of a tile is computed for every piece anew, from L1: registers are scarcer.
+  __device__ void run() {
+    int turn = 0;  // 0: this is the first piece of the tile
+#pragma unroll 1
+    for (int i = 0; i < kNumTiles;) {
+      const TileWork work = tile_work(params_, tables_, i, kWorkers);
+      const bool is_first = turn == 0 && work.first >= 0;
+      int32_t piece = work.pieces;
+      if (is_first) {
+        piece = work.first + (is_joint(work.tile) ? 0 : half_) * work.beside;
+      } else if (work.pieces > 0) {
+        piece = draw(work, turn & 1);
+      }
+      if (piece < work.pieces) {
+        load(work.tile, piece);
+        turn = turn == 2 ? 1 : turn + 1;
+      } else {
+        ++i;
+        turn = 0;
+      }
     }
     announce({.piece = -1});
-    arrive_q<Config>();
+    arrive(mine_.q_full());
   }
 
  private:
+  /// What a stage holds of this warp: its part of an entry of all warps, or a slice of its partner.
+  enum Use { kEntry, kSlice };
+
   // Below, a shared run is too short for the order to pay: it costs the halves of a block a rendezvous.
   static constexpr int32_t kPrivateFirstTokens = 1024;
 
-  /// The next piece: one for both halves, for one, or for one warp.
-  template <typename Config>
-  __device__ int32_t draw() {
-    int32_t* counter = params_.counters + Config::kTile;
-    if constexpr (!Config::kWide) {
-      const int32_t piece = lane_ == 0 ? atomicAdd(counter, 1) : 0;
-      return __shfl_sync(0xffffffffu, piece, 0);
-    } else {
-      constexpr bool kBoth = Config::kRowBlocks == 2;
-      const int barrier = kBoth ? 1 : 2 + half_;
-      const uint32_t drawn = (kBoth ? first_half_ : mine_).drawn();
-      if ((!kBoth || half_ == 0) && warp_ == 0 && lane_ == 0) {
-        ptx::store_shared(drawn, atomicAdd(counter, 1));
-      }
-      ptx::named_barrier<Config::kRowBlocks * kHalfThreads>(barrier);
-      const int32_t piece = ptx::load_shared(drawn);
-      ptx::named_barrier<Config::kRowBlocks * kHalfThreads>(barrier);
-      return piece;
+  /// The next piece of a tile, for one half or for both.
+  __device__ __forceinline__ int32_t draw(const TileWork& work, int turn) const {
+    const bool both = is_joint(work.tile);
+    const uint32_t drawn = (both ? first_half_ : mine_).drawn(work.tile, turn);
+    if ((!both || half_ == 0) && warp_ == 0 && lane_ == 0) {
+      ptx::store_shared(drawn, draw_piece(params_, work.tile, work.drawn_from));
     }
+    // The word is written again two turns later, when all have been here once more.
+    ptx::named_barrier(both ? kLoadersOfBlock : kLoadersOfHalf + half_,
+                       both ? kHalves * kHalfThreads : kHalfThreads);
+    return ptx::load_shared(drawn);
   }
 
-  template <typename Config>
-  __device__ void load(int32_t piece) {
-    const int32_t index =
-        tables_.header(kHeaderItemBegin + Config::kTile) + piece / params_.num_kv_heads;
-    const Item item = load_item(tables_, params_.live_lens, index);
+  __device__ __forceinline__ Item item_of(int tile, int32_t piece) const {
+    return {tables_, tables_.header(kHeaderItemBegin + tile) + piece / params_.num_kv_heads};
+  }
+
+  __device__ __forceinline__ void load(int tile, int32_t piece) {
+    Item item = item_of(tile, piece);
     const int32_t kv_head = piece % params_.num_kv_heads;
-    const Box box{piece,
-                  item.tokens(),
-                  item.query_rows,
-                  item.first_entry,
-                  item.head_offset,
-                  item.first_fragment >= 0,
-                  Config::kWide && piece % 2 == 1 && item.tokens() >= kPrivateFirstTokens};
-    announce(box);
-    // The rows the partner owns; lane 0's arrival covers what all lanes stored.
-    copy_q(params_, tables_, item, first_row<Config>(half_, warp_), kv_head,
-           mine_.q() + warp_ * kSliceBytes);
-    arrive_q<Config>();
-
-    // This lane's 16-byte chunk of every row of K and V.
-    const uint32_t column = (kv_head * kHeadDim + lane_ % kRowChunks * 8) * sizeof(Element);
-    k_ = static_cast<const char*>(params_.k_cache) + column;
-    v_ = static_cast<const char*>(params_.v_cache) + column;
-    if constexpr (Config::kWide) {
-      if (!box.is_chain) return load_shared_run<Config>(item);
-#pragma unroll 1
-      for (int phase = 0; phase < 2; ++phase) {
-        if (phase == (box.private_first ? 0 : 1)) {
-          load_fragment<Config>(item);
-          end_stream();
-        } else {
-          load_shared_run<Config>(item);
-        }
-      }
+    // All that the first loads of K and Q wait for is asked for at once.
+    const int32_t my_token = first_token(tile) + lane_;
+    const int32_t early_slot = lane_ < kSliceTokens && my_token < item.first_length
+                                   ? __ldg(params_.slots + item.first_slot + my_token)
+                                   : 0;
+    const QueryRows query_rows(params_, tables_, item, first_row(tile, half_, warp_), kv_head);
+    item.clip(params_.live_lens);
+    const bool is_chain = item.first_fragment >= 0;
+    const bool private_first = is_chain && piece % 2 == 1 && item.tokens() >= kPrivateFirstTokens;
+    Box box{piece, item.tokens(), item.query_rows, item.first_entry, item.head_offset, tile};
+    if (is_narrow(tile)) {
+      box.phases[0] = kStreams;
+      box.phases[1] = kNothing;
     } else {
-      load_shared_run<Config>(item);
-      if (box.is_chain) load_fragment<Config>(item);
-      end_stream();
+      box.phases[0] = private_first ? kStreams : kSharedRun;
+      box.phases[1] = !is_chain ? kNothing : private_first ? kSharedRun : kStreams;
+    }
+    announce(box);
+    // Of a wide item the rows the partner owns, of a narrow one the same for all.
+    if (!is_narrow(tile) || warp_ == 0) query_rows.issue(params_, mine_.q() + warp_ * kSliceBytes);
+    arrive(mine_.q_full());
+
+    column_ = (kv_head * kHeadDim + lane_ % kRowChunks * 8) * sizeof(Element);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const Phase phase = i == 0 ? box.phases[0] : box.phases[1];
+      if (phase == kSharedRun || (phase == kStreams && is_narrow(tile)))
+        load_run(item, tile, early_slot);
+      if (phase == kStreams) {
+        if (is_chain) load_steps(tile, piece);
+        await_empty();
+        arrive_slice(kSlice, Slice::kEnd);
+      }
     }
   }
 
-  __device__ void end_stream() {
-    await_empty();
-    arrive(pair_.slice_full(0), Slice::kEnd);
+  /// Token of the shared run with which this warp's first slice starts.
+  __device__ int32_t first_token(int tile) const {
+    return (is_joint(tile) ? half_ * kBlockRows : 0) + warp_ * kSliceTokens;
   }
 
-  /// The run all rows of the item share. Slots are fetched a slice ahead of their use.
-  template <typename Config>
-  __device__ void load_shared_run(const Item& item) {
-    const uint32_t full = Config::kWide ? mine_.entry_full(0) : pair_.slice_full(0);
-    if constexpr (Config::kWide) ring_.restart();
-    SlotWalk walk(item);
+  /// The run all rows of the item share; this warp's slices of it. Slots are fetched a slice ahead;
+  /// `early_slot`: those of the first slice as far as they are in the first run.
+  __device__ __forceinline__ void load_run(const Item& item, int tile, int32_t early_slot) {
+    const bool narrow = is_narrow(tile);
+    if (!narrow) stage_ = 0;
+    const int32_t stride = is_joint(tile) ? kHalves * kBlockRows : kBlockRows;
     const int32_t tokens = item.tokens();
+    SlotWalk walk(item);
     const auto fetch = [&](int32_t first) {
       return lane_ < kSliceTokens && first + lane_ < tokens
                  ? walk.slot(tables_, params_.slots, first + lane_)
                  : 0;
     };
-    // Each warp brings a quarter of a wide tile, each half every other one of the widest.
-    constexpr int kStride = Config::kTokens * Config::kRowBlocks;
-    int32_t tile = Config::kRowBlocks == 2 ? half_ * Config::kTokens : 0;
-    const int32_t in_tile = Config::kWide ? warp_ * kSliceTokens : 0;
-    int32_t slot = fetch(tile + in_tile);
-    for (; tile < tokens; tile += kStride) {
-      const int32_t next_slot = fetch(tile + kStride + in_tile);
-      const int32_t valid = min(max(tokens - tile - in_tile, 0), kSliceTokens);
-      load_slices(full, slot, Slice::pack(valid, Slice::kAllRows, 0));
+    int32_t first = first_token(tile);
+    // A stream has slices with tokens only, an entry has those of all four warps.
+    const int32_t end = narrow ? tokens : tokens + warp_ * kSliceTokens;
+    int32_t slot = first + lane_ < item.first_length ? early_slot : fetch(first);
+    for (; first < end; first += stride) {
+      const int32_t next_slot = fetch(first + stride);
+      const int32_t valid = min(max(tokens - first, 0), kSliceTokens);
+      load_slices(narrow ? kSlice : kEntry, slot, Slice::pack(valid, Slice::kAllRows, 0));
       slot = next_slot;
     }
   }
 
-  /// The runs of the partner's own rows.
-  template <typename Config>
-  __device__ void load_fragment(const Item& item) {
-    const int32_t first = first_row<Config>(half_, warp_);
+  /// The steps of the partner's own rows; of a narrow item, this warp's slices of all steps.
+  /// NOTE: the item is read again, from L1, rather than kept in registers since load().
+  __device__ __forceinline__ void load_steps(int tile, int32_t piece) {
+    Item item = item_of(tile, piece);
+    item.clip(params_.live_lens);
+    const int32_t first = first_row(tile, half_, warp_);
     if (first >= item.query_rows) return;
     const int2 fragment = tables_.fragment(item.first_fragment + first / kFragmentRows);
+    // A stream's next slice, from the start of a step. Slices of a narrow item are dealt in turn,
+    // without a break from the shared run to the last step.
+    int32_t offset = 0, stride = kSliceTokens;
+    if (is_narrow(tile)) {
+      stride = kBlockRows;
+      offset = (warp_ * kSliceTokens - whole_slices(item.tokens())) & (kBlockRows - 1);
+    }
     for (int32_t batch = 0; batch < fragment.y; batch += 32) {
       const int32_t count = min(fragment.y - batch, 32);
       Step mine{};  // lane l's of this batch: one latency for all of them
       if (lane_ < count) {
         mine = load_step(tables_, params_, fragment.x + batch + lane_, item, first);
       }
-      const auto fetch = [&](int32_t step, int32_t offset) {
-        const int32_t length = __shfl_sync(0xffffffffu, mine.length, step & 31);
-        const int32_t from = __shfl_sync(0xffffffffu, mine.slot, step & 31) + offset + lane_;
-        return lane_ < kSliceTokens && offset + lane_ < length ? __ldg(params_.slots + from) : 0;
-      };
-      int32_t slot = fetch(0, 0);
-      for (int32_t step = 0; step < count; ++step) {
-        const int32_t length = __shfl_sync(0xffffffffu, mine.length, step);
-        const int32_t rows = __shfl_sync(0xffffffffu, mine.rows, step);
-        if (length == 0) slot = fetch(step + 1, 0);
-        for (int32_t offset = 0; offset < length; offset += kSliceTokens) {
-          const bool last = offset + kSliceTokens >= length;
-          const int32_t next_slot = fetch(step + last, last ? 0 : offset + kSliceTokens);
-          const int32_t valid = min(length - offset, kSliceTokens);
-          load_slices(pair_.slice_full(0), slot, Slice::pack(valid, rows, 0));
-          slot = next_slot;
+      // The step that has the token `offset` from the start of this one; false: none of the batch.
+      int32_t step = -1, from = 0, length = 0, rows = 0;
+      const auto seek = [&] {
+        while (offset >= length) {
+          offset -= whole_slices(length);
+          if (++step >= count) return false;
+          from = __shfl_sync(0xffffffffu, mine.slot, step);
+          length = __shfl_sync(0xffffffffu, mine.length, step);
+          rows = __shfl_sync(0xffffffffu, mine.rows, step);
         }
+        return true;
+      };
+      const auto fetch = [&] {
+        const int32_t token = offset + lane_;
+        return lane_ < kSliceTokens && token < length ? __ldg(params_.slots + from + token) : 0;
+      };
+      bool more = seek();
+      int32_t slot = more ? fetch() : 0;
+      while (more) {
+        const int32_t word = Slice::pack(min(length - offset, kSliceTokens), rows, 0);
+        offset += stride;
+        more = seek();
+        const int32_t next_slot = more ? fetch() : 0;
+        load_slices(kSlice, slot, word);
+        slot = next_slot;
       }
     }
   }
 
-  /// Box of the next item, once the partner has read the previous one and is done with its Q.
-  __device__ void announce(const Box& box) {
-    ptx::barrier_wait(pair_.q_empty(), q_parity_ ^ 1);
-    q_parity_ ^= 1;
-    if (lane_ == 0) {
-      ptx::store_shared_x4(pair_.box(), {box.piece, box.tokens, box.query_rows, box.first_entry});
-      ptx::store_shared_x4(pair_.box() + 16, {box.head_offset, box.is_chain, box.private_first, 0});
+  /// The next item, once the computing warps have begun the previous one and have its Q.
+  __device__ __forceinline__ void announce(const Box& box) {
+    ptx::barrier_wait(mine_.q_empty(), q_parity_ ^ 1);
+    if (warp_ == 0 && lane_ == 0) {
+      const uint32_t to = mine_.box(q_parity_);
+      ptx::store_shared_x4(to, {box.piece, box.tokens, box.query_rows, box.first_entry});
+      ptx::store_shared_x4(to + 16, {box.head_offset, box.tile, box.phases[0], box.phases[1]});
     }
+    q_parity_ ^= 1;
   }
 
-  template <typename Config>
-  __device__ void arrive_q() {
-    const uint32_t barrier = Config::kWide ? mine_.q_full() : pair_.q_full();
+  /// This warp's copies so far, and what lane 0 has stored.
+  __device__ __forceinline__ void arrive(uint32_t barrier) {
     ptx::barrier_arrive_after_cp_async(barrier);
     if (lane_ == 0) ptx::barrier_arrive(barrier, 1);
   }
 
+  /// Until the stage's last use, of either kind, is over.
   __device__ __forceinline__ void await_empty() {
-    ptx::barrier_wait(pair_.slice_empty(ring_.stage()), ring_.parity() ^ 1);
+    if ((entries_ >> stage_ & 1) != 0) {
+      ptx::barrier_wait(mine_.entry_empty(stage_), entry_empty_.of(stage_));
+      entry_empty_.advance(stage_);
+    } else {
+      ptx::barrier_wait(pair_.slice_empty(stage_), slice_empty_.of(stage_));
+      slice_empty_.advance(stage_);
+    }
   }
 
-  /// `full`: the barrier of stage 0.
-  __device__ __forceinline__ void arrive(uint32_t full, int32_t word) {
-    const uint32_t barrier = full + ring_.stage() * 8;
-    ptx::barrier_arrive_after_cp_async(barrier);
-    if (lane_ == 0) {
-      ptx::store_shared(pair_.slice(ring_.stage()), word);
-      ptx::barrier_arrive(barrier, 1);
-    }
-    ring_.advance();
+  /// The barrier that says what this stage is used for has arrived.
+  __device__ __forceinline__ uint32_t full(Use use) const {
+    return use == kEntry ? mine_.entry_full(stage_) : pair_.slice_full(stage_);
+  }
+
+  /// Behind the loads of a stage.
+  __device__ __forceinline__ void to_next_stage(Use use) {
+    const uint32_t bit = 1u << stage_;
+    entries_ = use == kEntry ? entries_ | bit : entries_ & ~bit;
+    stage_ = next_stage(stage_);
+  }
+
+  __device__ __forceinline__ void arrive_slice(Use use, int32_t word) {
+    if (lane_ == 0) ptx::store_shared(pair_.slice(stage_), word);
+    arrive(full(use));
+    to_next_stage(use);
   }
 
   /// K, then V of this warp's slice of two ring entries. `slot`: lane l's, of token l.
-  __device__ __forceinline__ void load_slices(uint32_t full, int32_t slot, int32_t word) {
-    uint32_t slots[kCopyPasses];  // of the row this lane copies in each pass
-#pragma unroll
-    for (int pass = 0; pass < kCopyPasses; ++pass) {
-      slots[pass] = __shfl_sync(0xffffffffu, slot, copied_row(lane_, pass));
+  __device__ __forceinline__ void load_slices(Use use, int32_t slot, int32_t word) {
+    const int32_t first = __shfl_sync(0xffffffffu, slot, 0);
+    const bool follows = lane_ >= kSliceTokens || slot == first + lane_;
+    const bool whole = params_.has_maps && Slice::valid(word) == kSliceTokens;
+    if (__all_sync(0xffffffffu, whole && follows)) {
+      copy_slice(params_.k_map, use, first, word);
+      copy_slice(params_.v_map, use, first, word);
+      return;
     }
-    load_slice(k_, params_.k_slot_stride, full, slots, word);
-    load_slice(v_, params_.v_slot_stride, full, slots, word);
+    gather_slice(params_.k_cache, params_.k_slot_stride, use, slot, word);
+    gather_slice(params_.v_cache, params_.v_slot_stride, use, slot, word);
   }
 
-  __device__ __forceinline__ void load_slice(const char* from, uint32_t slot_stride, uint32_t full,
-                                             const uint32_t (&slots)[kCopyPasses], int32_t word) {
+  /// 16 slots side by side, by the copy engine.
+  __device__ __forceinline__ void copy_slice(const TensorMap& map, Use use, int32_t first,
+                                             int32_t word) {
     await_empty();
-    const uint32_t to = mine_.entry(ring_.stage()) + lane_offset_;
-    const int32_t valid = Slice::valid(word);
-    if (valid == kSliceTokens) {
+    if (lane_ == 0) {
+      const uint32_t barrier = full(use);
+      const uint32_t to = mine_.entry(stage_) + warp_ * kSliceBytes;
+      ptx::store_shared(pair_.slice(stage_), word);
+      ptx::barrier_arrive(barrier, kLoaderArrivals - 1);
+      ptx::barrier_arrive_expecting(barrier, kPanels * kSliceBytes);
 #pragma unroll
-      for (int pass = 0; pass < kCopyPasses; ++pass) {
-        ptx::cp_async_16(copied_to(to, pass), ptx::multiply_add(slots[pass], slot_stride, from),
-                         true);
-      }
-    } else {  // tokens that do not exist become zeros
-#pragma unroll
-      for (int pass = 0; pass < kCopyPasses; ++pass) {
-        ptx::cp_async_16(copied_to(to, pass), ptx::multiply_add(slots[pass], slot_stride, from),
-                         copied_row(lane_, pass) < valid);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        ptx::copy_tile(to + panel * kPanelBytes, &map, panel * kMapElements,
+                       column_ / (kHeadDim * sizeof(Element)), first, barrier);
       }
     }
-    arrive(full, word);
+    to_next_stage(use);
+  }
+
+  /// 16 slots wherever they are.
+  __device__ __forceinline__ void gather_slice(const void* cache, uint32_t slot_stride, Use use,
+                                               int32_t slot, int32_t word) {
+    await_empty();
+    const char* from = static_cast<const char*>(cache) + column_;
+    const uint32_t to = mine_.entry(stage_) + lane_offset_;
+    const int32_t valid = Slice::valid(word);
+#pragma unroll 2
+    for (int pass = 0; pass < kCopyPasses; ++pass) {
+      const int row = copied_row(lane_, pass);
+      const auto of_row = static_cast<uint32_t>(__shfl_sync(0xffffffffu, slot, row));
+      // Tokens that do not exist become zeros.
+      ptx::cp_async_16(copied_to(to, pass), ptx::multiply_add(of_row, slot_stride, from),
+                       row < valid);
+    }
+    arrive_slice(use, word);
   }
 
   const DecodeParams& params_;
@@ -247,8 +296,11 @@ class Loader {
   const Half first_half_, mine_;
   const Pair pair_;
   const uint32_t lane_offset_;  // of this lane's first chunk within an entry
-  RingPosition ring_;
-  const char *k_, *v_;
+  int stage_ = 0;
+  uint32_t entries_ = 0;  // stages whose last use was an entry
+  // A stage nobody has used yet is waited for as a slice of the phase before the first, which is over.
+  Parities slice_empty_{~0u}, entry_empty_{0};
+  uint32_t column_;  // bytes to this lane's 16-byte chunk of a slot's K or V
   uint32_t q_parity_ = 0;
 };
 

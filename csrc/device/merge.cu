@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT
-// The merge kernel: combines the partials of each (request row, query head) pair that has any.
+// The merge kernel: combines the partials of each (request row, query head) that has any.
 //
-// out = sum_i 2^(lse_i - max) o_i / sum_i 2^(lse_i - max). The plan lists the rows; those with
-// a single item were written by the forward kernel. Padding rows are set to zero. Block 0 resets the forward
+// out = sum_i 2^(lse_i - max) o_i / sum_i 2^(lse_i - max), in the order of the parts. Rows with a single
+// work item were written by the forward kernel. Padding rows are set to zero. Block 0 resets the forward
 // kernel's work counters, which is safe because launches of one stream run in order.
 //
-// Large batches have few parts a pair: one warp a pair, four pairs a block. Small batches have few
-// pairs and, after the KV split, many parts: eight warps a pair, joined through shared memory. The
-// choice depends on the padded batch only, so it is fixed at capture.
+// It is a programmatic dependent of the forward kernel: its blocks start as those of the forward kernel
+// end, read the plan, and wait for the rest. All that is left then is to read the partials once.
+//
+// Large batches have few parts a pair of row and head: one warp a pair. Small batches have few pairs and,
+// after the KV split, many parts: eight warps a pair, joined through shared memory. The choice depends
+// on the padded batch only, so it is fixed at capture.
 #include <algorithm>
 
 #include "config.cuh"
@@ -17,50 +20,128 @@ namespace pat {
 namespace {
 
 constexpr int kLaneValues = kHeadDim / 32;  // 2 or 4 floats a lane
-constexpr int kUnroll = 4;                  // partials in flight a lane
-constexpr int32_t kFewPairs = 2048;         // below: eight warps a pair
-constexpr int kResidentWarps = 32;          // of an SM; pairs beyond are taken by the same warps
-
-struct alignas(kLaneValues * 4) Values {
-  float v[kLaneValues];
-};
+constexpr int kInFlight = 8;                // partials a lane
+constexpr int kBlockWarps = 8;
+constexpr int32_t kPairsPerSm = 4;  // up to here eight warps a pair fill the GPU
+constexpr int kResidentBlocks = 3;  // of an SM; pairs beyond are taken by the same warps
 
 /// A running combination of partials: base-2 maximum, total weight and weighted sum (of a lane).
 struct State {
   float top = -INFINITY, total = 0.f;
-  Values sum{};
+  float sum[kLaneValues] = {};
 
-  /// NaN in `lse` (an overflowed tail) spreads to the output.
-  __device__ void add(float lse, const Values& value) {
-    if (lse == -INFINITY) return;
+  /// NaN in `lse` (a row that outgrew its tail) is no maximum, but spreads.
+  __device__ __forceinline__ void add(float lse, const float (&values)[kLaneValues]) {
+    if (lse == -INFINITY) return;  // NOTE: what was never written may be NaN
     const float higher = fmaxf(top, lse);
     const float old = top == -INFINITY ? 0.f : ptx::exp2(top - higher);
     const float weight = ptx::exp2(lse - higher);
     total = total * old + weight;
 #pragma unroll
-    for (int j = 0; j < kLaneValues; ++j) sum.v[j] = sum.v[j] * old + weight * value.v[j];
-    top = higher;
-  }
-  __device__ void add(const State& other) {
-    if (other.total == 0.f) return;  // NaN is not: it must spread
-    const float higher = fmaxf(top, other.top);
-    const float mine = top == -INFINITY ? 0.f : ptx::exp2(top - higher);
-    const float theirs = ptx::exp2(other.top - higher);
-    total = total * mine + other.total * theirs;
-#pragma unroll
-    for (int j = 0; j < kLaneValues; ++j) {
-      sum.v[j] = sum.v[j] * mine + other.sum.v[j] * theirs;
-    }
+    for (int j = 0; j < kLaneValues; ++j) sum[j] = sum[j] * old + weight * values[j];
     top = higher;
   }
 };
 
-__device__ void store(Element* to, const Values& value, float factor) {
+/// The states of the warps of a block.
+struct SharedStates {
+  float top[kBlockWarps], total[kBlockWarps], sum[kBlockWarps][kHeadDim];
+
+  __device__ __forceinline__ void put(const State& state) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    top[warp] = state.top;
+    total[warp] = state.total;
+#pragma unroll
+    for (int j = 0; j < kLaneValues; ++j) sum[warp][lane * kLaneValues + j] = state.sum[j];
+  }
+
+  /// One column of the output.
+  __device__ __forceinline__ float column(int c) const {
+    float highest = -INFINITY, all = 0.f, value = 0.f;
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) highest = fmaxf(highest, top[w]);
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) {
+      // NOTE: NaN is in total and sum, whatever the weight.
+      const float weight = top[w] == -INFINITY ? 0.f : ptx::exp2(top[w] - highest);
+      all += weight * total[w];
+      value += weight * sum[w][c];
+    }
+    return all == 0.f ? 0.f : value / all;
+  }
+};
+
+/// The parts of one pair of request row and query head; none: a padding row.
+struct Pair {
+  int32_t row, head, begin, end;
+};
+
+/// Up to 32 pairs of a worker, one a lane, so that the plan is read once for all of them.
+class Pairs {
+ public:
+  /// Pairs first, first + stride, ...
+  __device__ Pairs(const DecodeParams& params, int32_t first, int32_t stride) : pair_{} {
+    const int32_t rows = __ldg(params.plan + kHeaderRows);
+    const int32_t index = first + static_cast<int32_t>(threadIdx.x % 32) * stride;
+    pair_.row = index / params.num_q_heads;
+    pair_.head = index % params.num_q_heads;
+    const bool exists = pair_.row < params.rows_padded;
+    if (pair_.row < rows) {
+      const int32_t* part_ptr = params.plan + __ldg(params.plan + kHeaderOffPartPtr) + pair_.row;
+      pair_.begin = __ldg(part_ptr);
+      pair_.end = __ldg(part_ptr + 1);
+    }
+    // A row without parts was written by the forward kernel.
+    left_ = __ballot_sync(0xffffffffu, exists && (pair_.row >= rows || pair_.begin < pair_.end));
+  }
+
+  __device__ bool is_empty() const { return left_ == 0; }
+  __device__ Pair take() {
+    const int lane = __ffs(static_cast<int>(left_)) - 1;
+    left_ &= left_ - 1;
+    return {__shfl_sync(0xffffffffu, pair_.row, lane), __shfl_sync(0xffffffffu, pair_.head, lane),
+            __shfl_sync(0xffffffffu, pair_.begin, lane), __shfl_sync(0xffffffffu, pair_.end, lane)};
+  }
+
+ private:
+  Pair pair_;
+  uint32_t left_;
+};
+
+/// Partials first, first + stride, ... of a pair.
+__device__ __forceinline__ State combine(const DecodeParams& params, const Pair& pair,
+                                         int32_t first, int32_t stride) {
+  const int lane = threadIdx.x % 32;
+  State state;
+#pragma unroll 1
+  for (int32_t batch = pair.begin + first; batch < pair.end; batch += kInFlight * stride) {
+    float lse[kInFlight], values[kInFlight][kLaneValues];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int32_t part = batch + i * stride;
+      const int64_t index = int64_t{part} * params.num_q_heads + pair.head;
+      ptx::load_l2(lse[i], params.partial_lse + index, part < pair.end);
+      ptx::load_l2(values[i], params.partial_out + index * kHeadDim + lane * kLaneValues,
+                   part < pair.end);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (batch + i * stride < pair.end) state.add(lse[i], values[i]);
+    }
+  }
+  return state;
+}
+
+__device__ __forceinline__ void store(const DecodeParams& params, const Pair& pair,
+                                      const State& state) {
   uint32_t packed[kLaneValues / 2];
+  const float inverse = state.total == 0.f ? 0.f : 1.f / state.total;  // no token, padding: zeros
 #pragma unroll
   for (int i = 0; i < kLaneValues / 2; ++i) {
-    packed[i] = ptx::pack<Element>(value.v[2 * i] * factor, value.v[2 * i + 1] * factor);
+    packed[i] = ptx::pack<Element>(state.sum[2 * i] * inverse, state.sum[2 * i + 1] * inverse);
   }
+  Element* to = static_cast<Element*>(params.out) + int64_t{pair.row} * params.out_row_stride +
+                pair.head * kHeadDim + threadIdx.x % 32 * kLaneValues;
   if constexpr (kLaneValues == 4) {
     *reinterpret_cast<uint2*>(to) = make_uint2(packed[0], packed[1]);
   } else {
@@ -68,80 +149,52 @@ __device__ void store(Element* to, const Values& value, float factor) {
   }
 }
 
-/// Combines the partials of one pair by `kWarpsPerPair` warps of the block, or clears a padding row.
 template <int kWarpsPerPair>
-__device__ __forceinline__ void merge_pair(const DecodeParams& params, int32_t row, int32_t head,
-                                           bool padding) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32 % kWarpsPerPair;
-  Element* to = static_cast<Element*>(params.out) + int64_t{row} * params.out_row_stride +
-                head * kHeadDim + lane * kLaneValues;
-  State state;
-  if (padding) {
-    if (warp == 0) store(to, state.sum, 0.f);
-    return;
-  }
-  const int32_t* part_ptr = params.plan + __ldg(params.plan + kHeaderOffPartPtr) + row;
-  const int32_t begin = __ldg(part_ptr), end = __ldg(part_ptr + 1);
-  for (int32_t first = begin + warp; first < end; first += kUnroll * kWarpsPerPair) {
-    float lse[kUnroll];
-    Values value[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const int32_t part = first + i * kWarpsPerPair;
-      const int64_t index = int64_t{part} * params.num_q_heads + head;
-      lse[i] = part < end ? params.partial_lse[index] : -INFINITY;
-      // NOTE: the values of an empty part were never written and may be NaN; add() skips them.
-      if (part < end) {
-        value[i] = reinterpret_cast<const Values*>(params.partial_out + index * kHeadDim)[lane];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) state.add(lse[i], value[i]);
-  }
-  if constexpr (kWarpsPerPair > 1) {
-    __shared__ State states[kWarpsPerPair][32];
-    states[warp][lane] = state;
-    __syncthreads();
-    if (warp == 0) {
-#pragma unroll
-      for (int w = 1; w < kWarpsPerPair; ++w) state.add(states[w][lane]);
-    }
-    __syncthreads();  // the next pair's states take their place
-    if (warp != 0) return;
-  }
-  store(to, state.sum, state.total == 0.f ? 0.f : 1.f / state.total);
-}
-
-template <int kWarpsPerPair, int kPairsPerBlock>
-__global__ void __launch_bounds__(kWarpsPerPair* kPairsPerBlock * 32)
+__global__ void __launch_bounds__(kBlockWarps * 32, kResidentBlocks)
     merge_kernel(const __grid_constant__ DecodeParams params) {
-  static_assert(kWarpsPerPair == 1 || kPairsPerBlock == 1, "a block joins one pair at most");
+  static_assert(kWarpsPerPair == 1 || kWarpsPerPair == kBlockWarps, "a block joins one pair");
+  constexpr int kPairsPerBlock = kBlockWarps / kWarpsPerPair;
+  const int32_t pairs = params.rows_padded * params.num_q_heads;
+  const int32_t stride = gridDim.x * kPairsPerBlock;
+  const int warp = threadIdx.x / 32;
+  int32_t first = blockIdx.x * kPairsPerBlock + (kWarpsPerPair == 1 ? warp : 0);
+  Pairs mine(params, first, stride);
   ptx::wait_for_previous_kernel();  // NOTE: by every block, or the grid could end before it
   if (blockIdx.x == 0 && threadIdx.x < kNumTiles) params.counters[threadIdx.x] = 0;
-  const int32_t rows = __ldg(params.plan + kHeaderRows);
-  const int32_t merge_rows = __ldg(params.plan + kHeaderMergeRows);
-  const int32_t* list = params.plan + __ldg(params.plan + kHeaderOffMergeRows);
-  // The rows of the list, then the padding.
-  const int32_t pairs = (merge_rows + params.rows_padded - rows) * params.num_q_heads;
-  for (int32_t pair = blockIdx.x * kPairsPerBlock + threadIdx.x / 32 / kWarpsPerPair; pair < pairs;
-       pair += gridDim.x * kPairsPerBlock) {
-    const int32_t index = pair / params.num_q_heads, head = pair % params.num_q_heads;
-    const bool padding = index >= merge_rows;
-    const int32_t row = padding ? rows + index - merge_rows : __ldg(list + index);
-    merge_pair<kWarpsPerPair>(params, row, head, padding);
+#pragma unroll 1
+  while (true) {
+#pragma unroll 1
+    while (!mine.is_empty()) {
+      const Pair pair = mine.take();
+      if constexpr (kWarpsPerPair == 1) {
+        store(params, pair, combine(params, pair, 0, 1));
+      } else {
+        __shared__ SharedStates states;
+        states.put(combine(params, pair, warp, kBlockWarps));
+        __syncthreads();
+        if (threadIdx.x < kHeadDim) {
+          Element* to = static_cast<Element*>(params.out) +
+                        int64_t{pair.row} * params.out_row_stride + pair.head * kHeadDim;
+          to[threadIdx.x] = Element(states.column(threadIdx.x));
+        }
+        __syncthreads();  // the next pair's states take their place
+      }
+    }
+    first += 32 * stride;
+    if (first >= pairs) return;
+    mine = Pairs(params, first, stride);
   }
 }
 
-/// Launched as a programmatic dependent of the forward kernel, which hides the launch latency.
-template <int kWarpsPerPair, int kPairsPerBlock>
+template <int kWarpsPerPair>
 cudaError_t launch(const DecodeParams& params, int32_t num_sms, cudaStream_t stream) {
+  constexpr int kPairsPerBlock = kBlockWarps / kWarpsPerPair;
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
   const int32_t pairs = params.rows_padded * params.num_q_heads;
-  const int32_t resident = num_sms * (kResidentWarps / (kWarpsPerPair * kPairsPerBlock));
-  config.gridDim = std::min((pairs + kPairsPerBlock - 1) / kPairsPerBlock, resident);
-  config.blockDim = kWarpsPerPair * kPairsPerBlock * 32;
+  config.gridDim =
+      std::min((pairs + kPairsPerBlock - 1) / kPairsPerBlock, num_sms * kResidentBlocks);
+  config.blockDim = kBlockWarps * 32;
   config.stream = stream;
 #if defined(PAT_PATH_SM90)
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -151,15 +204,15 @@ cudaError_t launch(const DecodeParams& params, int32_t num_sms, cudaStream_t str
 #else
   static_cast<void>(attribute);
 #endif
-  return cudaLaunchKernelEx(&config, merge_kernel<kWarpsPerPair, kPairsPerBlock>, params);
+  return cudaLaunchKernelEx(&config, merge_kernel<kWarpsPerPair>, params);
 }
 
 }  // namespace
 
 cudaError_t launch_merge(const DecodeParams& params, int32_t num_sms, cudaStream_t stream) {
-  return params.rows_padded * params.num_q_heads <= kFewPairs
-             ? launch<8, 1>(params, num_sms, stream)
-             : launch<1, 4>(params, num_sms, stream);
+  return params.rows_padded * params.num_q_heads <= kPairsPerSm * num_sms
+             ? launch<kBlockWarps>(params, num_sms, stream)
+             : launch<1>(params, num_sms, stream);
 }
 
 }  // namespace pat

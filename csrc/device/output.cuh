@@ -9,7 +9,7 @@ namespace pat {
 
 /// Writes the rows of a block, of which `rows_left` exist. Lane l < 16 holds query row l in `mine`.
 __device__ __forceinline__ void write_rows(const DecodeParams& params, const RowBlock& rows,
-                                           const QueryRow& mine, int32_t rows_left) {
+                                           const FinishedRow& mine, int32_t rows_left) {
   const int lane = ptx::opaque(threadIdx.x % 32);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -20,6 +20,8 @@ __device__ __forceinline__ void write_rows(const DecodeParams& params, const Row
     const int32_t row = __shfl_sync(0xffffffffu, mine.row, in_block);
     const int32_t head = __shfl_sync(0xffffffffu, mine.head, in_block);
     const int32_t part = __shfl_sync(0xffffffffu, mine.part, in_block);
+    // A request that outgrew its tail: NaN, rather than attention to a part of its tokens.
+    if (__shfl_sync(0xffffffffu, mine.overflowed, in_block)) sum = NAN;
     if (in_block >= rows_left) continue;
     // No token: zeros when final, weight zero (-inf) when partial.
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;

@@ -8,8 +8,20 @@
 
 namespace pat {
 
+/// A CUtensorMap, of the driver's header, which device code does without.
+struct alignas(64) TensorMap {
+  uint8_t opaque[128];
+};
+
+/// Tokens of a box of a tensor map: 16 slots side by side, 64 elements of one head.
+inline constexpr int32_t kMapTokens = 16;
+inline constexpr int32_t kMapElements = 64;
+
 /// Arguments of one pat_decode: the forward kernel over work items and the merge kernel.
 struct DecodeParams {
+  TensorMap k_map, v_map;  // of the caches, for slots side by side
+  bool has_maps;           // false: every slot is gathered
+
   const void* __restrict__ q;        // [rows_padded, q_heads, d], 16-bit
   const void* __restrict__ k_cache;  // [slots, kv_heads, d], 16-bit
   const void* __restrict__ v_cache;  // [slots, kv_heads, d], 16-bit
@@ -22,9 +34,9 @@ struct DecodeParams {
   float* __restrict__ partial_out;        // [parts, q_heads, d]
   float* __restrict__ partial_lse;        // [parts, q_heads], base 2
 
-  int32_t q_row_stride, out_row_stride;   // elements between request rows
-  uint32_t k_slot_stride, v_slot_stride;  // bytes between slots
-  int32_t plan_words, slot_words;         // sizes of `plan` and `slots`
+  int32_t q_row_stride, out_row_stride;        // elements between request rows
+  uint32_t k_slot_stride, v_slot_stride;       // bytes between slots
+  int32_t plan_words, slot_words, live_words;  // sizes of `plan`, `slots` and `live_lens`
   int32_t rows_padded, num_q_heads, num_kv_heads, group_size;
   float scale_log2;  // sm_scale * log2(e)
 };

@@ -8,6 +8,7 @@
 // kStages - 2 groups have. What another thread has copied is there after a barrier.
 #pragma once
 
+#include "combine.cuh"
 #include "copy.cuh"
 
 #if defined(PAT_PATH_SM80)
@@ -32,6 +33,12 @@ using StagedSlots = int32_t[kRowsPerLoad][kCopyPasses];
 struct alignas(16) Mailbox {
   StagedSlots slots;        // of the slice that is brought next
   int32_t slices[kStages];  // words of the slices in flight, written with their K
+  SentState sent;           // of a narrow item
+};
+
+struct BlockShared {
+  Mailbox mailboxes[kWarps];
+  int32_t drawn;  // piece
 };
 
 }  // namespace pat

@@ -2,20 +2,23 @@
 // What the loading and the computing warps of a block share.
 //
 // A block has two halves, each with a ring, four computing and four loading warps. They are two workers
-// that take items of 16 or 64 query rows of their own, or join for an item of 128: then each half loads
-// every other tile and computes 64 of the rows with all tiles.
+// that take pieces of their own, or join for an item of 128 query rows: then each half loads every
+// other tile and computes 64 of the rows with all tiles.
 //
-// Loading warp w brings slice w of every entry of its half; computing warp w is its partner. In a shared
-// run an entry is one tile: the computing warps wait for all of it (`entry_full`) and each of them
-// releases every slice. In private runs a slice belongs to one computing warp: it waits for
-// `slice_full` and releases it with the weight of all.
+// Loading warp w brings slice w of every entry of its half; computing warp w is its partner. For wide
+// tiles an entry of a shared run is one tile: the computing warps wait for all of it (`entry_full`)
+// and release all of it (`entry_empty`). Everything else is streams of slices, each of one pair of
+// warps (`slice_full`, `slice_empty`). A private run of a wide tile has its rows' tokens; the four
+// streams of a narrow item have the same rows and share the tokens, and the four states are combined
+// at the end.
 //
 // A thread counts the phases of the barriers it waits for in a bit mask, so that stages may be skipped:
-// every wide item starts at stage 0, wherever the warps' private runs have ended.
+// a shared run in entries starts at stage 0, wherever the warps' streams have ended.
 #pragma once
 
 #include <cstddef>
 
+#include "combine.cuh"
 #include "slice.cuh"
 
 #if defined(PAT_PATH_SM90)
@@ -28,40 +31,45 @@ inline constexpr int kThreads = 2 * kHalves * kHalfThreads;  // [role][half][war
 inline constexpr int kBlocksPerSm = 1;
 inline constexpr int kWorkers = kHalves;           // of a block
 inline constexpr int kLoaderArrivals = 33;         // 32 lanes' copies, and lane 0's word about them
-inline constexpr int kReaders = kHalves * kWarps;  // weight with which a slice is released
+inline constexpr int kReaders = kHalves * kWarps;  // of an entry, at most; its barrier counts them
 
 inline constexpr int kHalfBytes = 113 * 1024;
-inline constexpr int kBarrierBytes = 1024;
-inline constexpr int kFit = (kHalfBytes - kBarrierBytes) / kEntryBytes - 1;
+inline constexpr int kFit = kHalfBytes / kEntryBytes - 1;  // beside Q
 inline constexpr int kStages = kFit < 8 ? kFit : 8;
 static_assert(kStages % 2 == 0 && kStages >= 4, "K at even stages, V at odd ones");
 
-/// What a loading warp tells its partner about the next item, beside Q. piece -1: no item is left.
+/// One of two stretches of an item.
+enum Phase : int32_t { kNothing, kSharedRun, kStreams };
+
+/// What the loading warps tell the computing ones about the next item, beside Q.
 struct alignas(16) Box {
-  int32_t piece, tokens, query_rows, first_entry;
-  int32_t head_offset, is_chain;
+  int32_t piece, tokens, query_rows, first_entry;  // piece -1: none is left
+  int32_t head_offset, tile;
   // Every other chain starts with its private runs: shared runs come from L2, private ones from
   // device memory, and both should be busy all the time.
-  int32_t private_first, unused;
+  Phase phases[2];
 };
+static_assert(sizeof(Box) == 32);
 
 /// Barriers and messages of one pair of warps.
 struct PairShared {
   uint64_t slice_full[kStages], slice_empty[kStages];
-  uint64_t q_full, q_empty;
-  Box box;
   int32_t slices[kStages];  // words of the slices, see Slice
+  uint32_t sent_slice;      // address, of a narrow item
+  SentState sent;
 };
 
 /// Of one half, behind its Q and its ring. Everything is reached by its 32-bit address: a base in one
 /// register and offsets in the instructions.
 struct HalfShared {
   PairShared pairs[kWarps];
-  uint64_t entry_full[kStages];
-  uint64_t q_full;
-  int32_t drawn;
+  uint64_t entry_full[kStages], entry_empty[kStages];
+  uint64_t q_full, q_empty;
+  Box boxes[2];                 // in turn: one is read until its item is done
+  int32_t drawn[kNumTiles][2];  // pieces, in turn
 };
-static_assert(sizeof(HalfShared) <= kBarrierBytes);
+inline constexpr int kHalfSharedOffset = (kStages + 1) * kEntryBytes;
+static_assert(kHalfSharedOffset + sizeof(HalfShared) <= kHalfBytes);
 inline constexpr int kSharedBytes = kHalves * kHalfBytes;
 static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
 static_assert(kHalfBytes % 1024 == 0, "WGMMA's swizzle repeats every 1024 bytes");
@@ -74,16 +82,28 @@ class Half {
   __device__ uint32_t q() const { return base_; }
   __device__ uint32_t entry(int stage) const { return base_ + (stage + 1) * kEntryBytes; }
   __device__ uint32_t entry_full(int stage) const {
-    return base_ + kOffset + offsetof(HalfShared, entry_full) + stage * 8;
+    return base_ + kHalfSharedOffset + offsetof(HalfShared, entry_full) + stage * 8;
   }
-  __device__ uint32_t q_full() const { return base_ + kOffset + offsetof(HalfShared, q_full); }
-  __device__ uint32_t drawn() const { return base_ + kOffset + offsetof(HalfShared, drawn); }
+  __device__ uint32_t entry_empty(int stage) const {
+    return base_ + kHalfSharedOffset + offsetof(HalfShared, entry_empty) + stage * 8;
+  }
+  __device__ uint32_t q_full() const {
+    return base_ + kHalfSharedOffset + offsetof(HalfShared, q_full);
+  }
+  __device__ uint32_t q_empty() const {
+    return base_ + kHalfSharedOffset + offsetof(HalfShared, q_empty);
+  }
+  __device__ uint32_t box(int turn) const {
+    return base_ + kHalfSharedOffset + offsetof(HalfShared, boxes) + turn * sizeof(Box);
+  }
+  __device__ uint32_t drawn(int tile, int turn) const {
+    return base_ + kHalfSharedOffset + offsetof(HalfShared, drawn) + tile * 8 + turn * 4;
+  }
   __device__ uint32_t pair(int warp) const {
-    return base_ + kOffset + offsetof(HalfShared, pairs) + warp * sizeof(PairShared);
+    return base_ + kHalfSharedOffset + offsetof(HalfShared, pairs) + warp * sizeof(PairShared);
   }
 
  private:
-  static constexpr uint32_t kOffset = kHalfBytes - kBarrierBytes;
   uint32_t base_;
 };
 
@@ -101,57 +121,63 @@ class Pair {
   __device__ uint32_t slice(int stage) const {
     return base_ + offsetof(PairShared, slices) + stage * 4;
   }
-  __device__ uint32_t q_full() const { return base_ + offsetof(PairShared, q_full); }
-  __device__ uint32_t q_empty() const { return base_ + offsetof(PairShared, q_empty); }
-  __device__ uint32_t box() const { return base_ + offsetof(PairShared, box); }
+  __device__ uint32_t sent_slice() const { return base_ + offsetof(PairShared, sent_slice); }
+  __device__ uint32_t sent() const { return base_ + offsetof(PairShared, sent); }
 
  private:
   uint32_t base_;
 };
 
+/// Named barriers; 0 is that of the whole block.
+enum Barrier : int { kLoadersOfBlock = 1, kLoadersOfHalf = 2, kComputersOfHalf = 4 };
+
+__device__ __forceinline__ bool is_narrow(int tile) { return tile == 0; }
+/// Whether both halves compute the item together.
+__device__ __forceinline__ bool is_joint(int tile) { return tile == kNumTiles - 1; }
+
 /// Query row of the item where the fragment of a pair starts.
-template <typename Config>
-__device__ __forceinline__ int32_t first_row(int half, int warp) {
-  if constexpr (!Config::kWide) return 0;
-  return ((Config::kRowBlocks == 2 ? half * kWarps : 0) + warp) * kFragmentRows;
+__device__ __forceinline__ int32_t first_row(int tile, int half, int warp) {
+  if (is_narrow(tile)) return 0;
+  return ((is_joint(tile) ? half * kWarps : 0) + warp) * kFragmentRows;
 }
 
-/// By one thread, before a barrier of the whole block.
+/// By all warps, before a barrier of the whole block.
 __device__ __forceinline__ void init_barriers(uint32_t shared) {
-  for (int h = 0; h < kHalves; ++h) {
-    const Half half(shared, h);
-    for (int w = 0; w < kWarps; ++w) {
-      const Pair pair(half, w);
-      for (int s = 0; s < kStages; ++s) {
-        ptx::barrier_init(pair.slice_full(s), kLoaderArrivals);
-        ptx::barrier_init(pair.slice_empty(s), kReaders);
-      }
-      ptx::barrier_init(pair.q_full(), kLoaderArrivals);
-      ptx::barrier_init(pair.q_empty(), kWarps);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const Half half(shared, warp / kWarps % kHalves);
+  const Pair pair(half, warp % kWarps);
+  if (threadIdx.x % 32 != 0) return;
+  if (warp < kHalves * kWarps) {
+#pragma unroll 1
+    for (int s = 0; s < kStages; ++s) {
+      ptx::barrier_init(pair.slice_full(s), kLoaderArrivals);
+      ptx::barrier_init(pair.slice_empty(s), 1);
     }
+  } else if (warp % kWarps == 0) {
+#pragma unroll 1
     for (int s = 0; s < kStages; ++s) {
       ptx::barrier_init(half.entry_full(s), kWarps * kLoaderArrivals);
+      ptx::barrier_init(half.entry_empty(s), kReaders);
     }
     ptx::barrier_init(half.q_full(), kWarps * kLoaderArrivals);
+    ptx::barrier_init(half.q_empty(), kWarps);
   }
 }
 
-/// Position in the ring, with the parity of the phase that comes next of each stage's barrier.
-class RingPosition {
+/// One parity bit a stage: of the phase of its barrier that comes next.
+class Parities {
  public:
-  __device__ int stage() const { return stage_; }
-  __device__ uint32_t parity() const { return parities_ >> stage_ & 1; }
-  __device__ void advance() {
-    parities_ ^= 1u << stage_;
-    stage_ = stage_ == kStages - 1 ? 0 : stage_ + 1;
-  }
-  __device__ void restart() { stage_ = 0; }
-  __device__ void go_to(int stage) { stage_ = stage; }
+  __device__ explicit Parities(uint32_t bits) : bits_(bits) {}
+  __device__ uint32_t of(int stage) const { return bits_ >> stage & 1; }
+  __device__ void advance(int stage) { bits_ ^= 1u << stage; }
 
  private:
-  int stage_ = 0;
-  uint32_t parities_ = 0;
+  uint32_t bits_;
 };
+
+__device__ __forceinline__ int next_stage(int stage) {
+  return stage == kStages - 1 ? 0 : stage + 1;
+}
 
 }  // namespace pat
 

@@ -35,6 +35,41 @@ __device__ __forceinline__ void store_shared_x4(uint32_t address, int4 v) {
                : "memory");
 }
 
+/// Floats that other blocks of this launch have written: from L2, as L1 may be stale. Zeros when not
+/// `valid`; the condition is in the instruction, as one in C++ makes ptxas spill what it guards.
+__device__ __forceinline__ void load_l2(float& v, const float* from, bool valid) {
+  v = 0.f;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.cg.f32 %0, [%1];\n}"
+               : "+f"(v)
+               : "l"(from), "r"(static_cast<int>(valid))
+               : "memory");
+}
+__device__ __forceinline__ void load_l2(float (&v)[2], const float* from, bool valid) {
+  v[0] = v[1] = 0.f;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p ld.global.cg.v2.f32 {%0, %1}, [%2];\n}"
+               : "+f"(v[0]), "+f"(v[1])
+               : "l"(from), "r"(static_cast<int>(valid))
+               : "memory");
+}
+__device__ __forceinline__ void load_l2(float (&v)[4], const float* from, bool valid) {
+  v[0] = v[1] = v[2] = v[3] = 0.f;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+      "@p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])
+      : "l"(from), "r"(static_cast<int>(valid))
+      : "memory");
+}
+
+__device__ __forceinline__ float2 load_shared_f2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_f2(uint32_t address, float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
 /// 16 bytes from global to shared memory, past L1; zeros when not `valid` (nothing is read then).
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
@@ -63,6 +98,11 @@ __device__ __forceinline__ void cp_async_wait() {
 /// Brings a cache line to L2, ahead of its use.
 __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+/// Brings a cache line to L1.
+__device__ __forceinline__ void prefetch_l1(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -133,10 +173,9 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
-/// Barrier among `kThreads` threads (a whole number of warps); 0 is the block's own barrier.
-template <int kThreads>
-__device__ __forceinline__ void named_barrier(int id) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+/// Barrier among `threads` threads (whole warps); 0 is the block's own barrier.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #if defined(PAT_PATH_SM90)
@@ -153,6 +192,21 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int32_t count) {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int32_t count) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
                : "memory");
+}
+/// One arrival; the phase is not over before `bytes` more have come by copy_tile().
+__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+}
+/// A box of a three-dimensional tensor map to shared memory; its bytes are counted by the barrier.
+__device__ __forceinline__ void copy_tile(uint32_t to, const void* map, int32_t x, int32_t y,
+                                          int32_t z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
 }
 /// An arrival of this thread once all its cp.async so far have completed.
 __device__ __forceinline__ void barrier_arrive_after_cp_async(uint32_t barrier) {

@@ -23,6 +23,21 @@ struct RowBlock {
   }
 };
 
+/// Their Q, as the A operand of either MMA.
+struct QueryFragment {
+  uint32_t of_step[kDepthSteps][4];
+};
+
+/// Q from 16 rows of a block in shared memory.
+__device__ __forceinline__ void load_query(QueryFragment& q, uint32_t rows_address) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t lane_address = rows_address + swizzled(lane & 15, lane >> 4);
+#pragma unroll
+  for (int k = 0; k < kDepthSteps; ++k) {
+    ptx::ldmatrix_x4(q.of_step[k], stepped(lane_address, 0, k * 2));
+  }
+}
+
 /// First half of an online softmax in base 2: scores become probabilities and enter `sum`. A score of
 /// -inf is a token that does not exist or that the row does not own. Returns whether any row of the
 /// warp has a new maximum: `out` must then be multiplied by `rescale`.

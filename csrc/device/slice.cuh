@@ -21,6 +21,10 @@ struct Slice {
   static constexpr int32_t kAllRows = kFragmentRows << 8;
 };
 
+__device__ __forceinline__ int32_t whole_slices(int32_t tokens) {
+  return (tokens + kSliceTokens - 1) / kSliceTokens * kSliceTokens;
+}
+
 /// A step of a fragment with its live length; lanes hold one each.
 struct Step {
   int32_t slot, length, rows;

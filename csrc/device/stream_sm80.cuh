@@ -15,7 +15,9 @@ template <typename Config>
 __device__ __forceinline__ Item load_piece(const DecodeParams& params, const Tables& tables,
                                            int32_t piece) {
   const int32_t first = tables.header(kHeaderItemBegin + Config::kTile);
-  return load_item(tables, params.live_lens, first + piece / params.num_kv_heads);
+  Item item(tables, first + piece / params.num_kv_heads);
+  item.clip(params.live_lens);
+  return item;
 }
 
 template <typename Config>
@@ -29,7 +31,7 @@ class Stream {
         staged_(staged),
         piece_(piece),
         lane_(lane),
-        first_(Config::kWide ? warp * kSliceTokens : 0),
+        first_(warp * kSliceTokens),
         shared_{SlotWalk(item), first_, item.tokens()} {
     fetch();
     advance();
@@ -53,8 +55,9 @@ class Stream {
  private:
   __device__ __forceinline__ void fetch() {
     if (!is_private_) {
-      const int32_t position = shared_.position;
-      if (position - first_ < shared_.tokens) {
+      const int32_t position = shared_.position, tokens = shared_.tokens;
+      // An entry has the slices of all four warps, a stream of its own slices with tokens only.
+      if (position - (Config::kWide ? first_ : 0) < tokens) {
         const int32_t valid = min(max(shared_.tokens - position, 0), kSliceTokens);
         if (lane_ < valid) {
           next_slot_ = shared_.walk.slot(tables_, params_.slots, position + lane_);
@@ -65,8 +68,11 @@ class Stream {
       }
       is_private_ = true;
       private_ = {};
+      // Slices of a narrow item are dealt in turn, from the shared run to the last step.
+      if (!Config::kWide) private_.offset = (first_ - whole_slices(tokens)) & (kBlockRows - 1);
     }
-    while (private_.left <= 0) {
+    while (private_.offset >= private_.length) {
+      private_.offset -= whole_slices(private_.length);
       if (private_.step % 32 == 0) load_steps();
       if (private_.step == private_.steps) {
         next_slice_ = Slice::kEnd;
@@ -74,14 +80,13 @@ class Stream {
       }
       const int from = private_.step % 32;
       private_.from = __shfl_sync(0xffffffffu, private_.mine.slot, from);
-      private_.left = __shfl_sync(0xffffffffu, private_.mine.length, from);
+      private_.length = __shfl_sync(0xffffffffu, private_.mine.length, from);
       private_.owners = __shfl_sync(0xffffffffu, private_.mine.rows, from);
       ++private_.step;
     }
-    const int32_t valid = min(private_.left, kSliceTokens);
-    if (lane_ < valid) next_slot_ = __ldg(params_.slots + private_.from + lane_);
-    private_.from += kSliceTokens;
-    private_.left -= kSliceTokens;
+    const int32_t valid = min(private_.length - private_.offset, kSliceTokens);
+    if (lane_ < valid) next_slot_ = __ldg(params_.slots + private_.from + private_.offset + lane_);
+    private_.offset += Config::kWide ? kSliceTokens : kBlockRows;
     next_slice_ = Slice::pack(valid, private_.owners, 0);
   }
 
@@ -95,7 +100,7 @@ class Stream {
     private_.steps = 0;
 #pragma unroll
     for (int b = 0; b < Config::kRowBlocks; ++b) {
-      const int32_t first_row = b * kBlockRows + first_;
+      const int32_t first_row = Config::kWide ? b * kBlockRows + first_ : 0;
       if (first_row >= item.query_rows) break;
       const int2 words = tables_.fragment(item.first_fragment + first_row / kFragmentRows);
       if (mine >= private_.steps) {
@@ -113,7 +118,7 @@ class Stream {
   const Tables& tables_;
   StagedSlots& staged_;
   const int32_t piece_, lane_;
-  const int32_t first_;  // token in a tile that this warp brings, and row in a block that it owns
+  const int32_t first_;  // token of a step that this warp brings; of a wide tile also its first row
 
   // One after the other, in the same registers.
   struct SharedRun {
@@ -121,9 +126,10 @@ class Stream {
     int32_t position, tokens;  // position: of lane 0's next token
   };
   struct PrivateRuns {
-    Step mine;                   // this lane's of a batch of 32
-    int32_t step, steps;         // the next one; of all the warp's fragments
-    int32_t from, left, owners;  // what is left of the current one
+    Step mine;                     // this lane's of a batch of 32
+    int32_t step, steps;           // the next one; of all the warp's fragments
+    int32_t from, length, owners;  // the current one
+    int32_t offset;                // in it, of the next slice
   };
   union {
     SharedRun shared_;

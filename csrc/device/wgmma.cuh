@@ -48,19 +48,20 @@ __device__ __forceinline__ void pin(float (&c)[kBlocks][4]) {
 
 #define PAT_ACC4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 
-/// c (64 x 64) = a b^T, or += when `accumulate`: a 64 x 16 and b 64 x 16 in shared memory, d fastest.
-__device__ __forceinline__ void mma_shared(float (&c)[8][4], uint64_t a, uint64_t b,
+/// c (64 x 64) = a b^T, or += when `accumulate`: a 64 x 16 in registers, b 64 x 16 in shared memory, d
+/// fastest.
+__device__ __forceinline__ void mma_scores(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b,
                                            bool accumulate) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." PAT_WGMMA_TYPE
       " "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, 0, 0;\n}\n"
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
       : PAT_ACC4(0), PAT_ACC4(1), PAT_ACC4(2), PAT_ACC4(3), PAT_ACC4(4), PAT_ACC4(5), PAT_ACC4(6),
         PAT_ACC4(7)
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
 /// c (64 x 128) += a b: a 64 x 16 in registers, b 16 x 128 in shared memory, columns fastest.

@@ -29,6 +29,7 @@ struct CostModel {
   int64_t reread_ps[kNumTiles];
   int64_t solo_item_ps[kNumTiles];
   int64_t solo_token_ps[kNumTiles];
+  int64_t private_token_ps;
   int64_t part_ps;
   int64_t step_ps;
 };

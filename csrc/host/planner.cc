@@ -25,6 +25,7 @@ void check(const Shape& shape, const CostModel& model, const Capacity& capacity)
   positive("num_sms", model.num_sms);
   positive("part_ps", model.part_ps);
   positive("step_ps", model.step_ps);
+  positive("private_token_ps", model.private_token_ps);
   for (int32_t k = 0; k < kNumTiles; ++k) {
     positive("item_ps", model.item_ps[k]);
     positive("token_ps", model.token_ps[k]);

@@ -6,8 +6,8 @@
 namespace pat {
 namespace {
 
-constexpr int32_t kWallEighths[] = {0, 16, 8, 4, 2, 1};  // 0: no cut at all
-constexpr int32_t kChainRows[] = {128, 64, 16};          // query rows of a chain's items
+constexpr int32_t kWallEighths[] = {0, 16, 12, 8, 6, 4, 2, 1};  // 0: no cut at all
+constexpr int32_t kChainRows[] = {128, 64, 16};                 // query rows of a chain's items
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
@@ -36,8 +36,8 @@ Splitter::Room Splitter::room_for(int64_t mean_ps, int32_t eighths) const {
   for (int32_t k = 0; k < kNumTiles; ++k) {
     room.tokens[k] = tokens_at(model_.solo_token_ps[k], kMinChunk);
   }
-  room.tail = tokens_at(kItemWarps * model_.solo_token_ps[0], kMinChunk);
-  room.span = tokens_at(model_.solo_token_ps[0], 0);
+  room.tail = tokens_at(kItemWarps * model_.private_token_ps, kMinChunk);
+  room.span = tokens_at(model_.private_token_ps, 0);
   return room;
 }
 
@@ -49,12 +49,17 @@ Splitter::Cut Splitter::cut(int64_t tokens, int64_t room) {
   return {static_cast<int32_t>(chunk), static_cast<int32_t>(ceil_div(total, chunk))};
 }
 
-// A tail that is cut has chunks for the horizon as well, empty at first.
+// A tail that is cut has chunks for the horizon as well, empty at first, unless the last one grows by a
+// quarter at most: see _empty_chunks in Python.
 Splitter::Cut Splitter::cut_tail(int64_t tokens, int64_t room, int32_t horizon) {
   Cut result = cut(tokens, room);
   if (result.num_chunks > 1) {
-    result.num_chunks = static_cast<int32_t>(
-        ceil_div(static_cast<uint32_t>(tokens + horizon), static_cast<uint32_t>(result.chunk)));
+    const int64_t beyond =
+        tokens + horizon - static_cast<int64_t>(result.num_chunks) * result.chunk;
+    if (4 * beyond > result.chunk) {
+      result.num_empty = static_cast<int32_t>(
+          ceil_div(static_cast<uint32_t>(beyond), static_cast<uint32_t>(result.chunk)));
+    }
   }
   return result;
 }
@@ -100,7 +105,7 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
     c.num_steps = load.steps;
     c.work_ps += (load.tokens - unique.begun_tokens) * model_.reread_ps[0] +
                  (load.steps - unique.begun_steps) * model_.step_ps;
-    c.solo_ps += load.span * model_.solo_token_ps[0];
+    c.solo_ps += load.span * model_.private_token_ps;
     if (best.rows_per_item == 0 || c.work_ps < best.work_ps) best = c;
   }
   return best;
@@ -137,16 +142,21 @@ int64_t Splitter::add_chunks(int32_t num_rows, const Cut& cut, int64_t tokens, b
   for (int32_t i = 0; i < price.num_groups; ++i) {
     const PriceTable::Group& group = price.groups[i];
     const int64_t chunk_ps = group.item_ps + (has_parts ? group.parts_ps : 0);
+    const int64_t empty_ps = cut.num_empty * chunk_ps;
     const int64_t work_ps = cut.num_chunks * chunk_ps + tokens * group.token_ps;
-    const int64_t solo_ps =
-        model_.solo_item_ps[group.tile] + cut.chunk * model_.solo_token_ps[group.tile];
-    schedule_.add(group.tile, static_cast<int64_t>(cut.num_chunks) * group.num_tiles, solo_ps,
-                  work_ps);
-    sum_ps += work_ps;
+    const int64_t solo_ps = model_.solo_item_ps[group.tile];
+    if (cut.num_empty > 0) {
+      schedule_.add(group.tile, static_cast<int64_t>(cut.num_empty) * group.num_tiles, solo_ps,
+                    empty_ps);
+    }
+    schedule_.add(group.tile, static_cast<int64_t>(cut.num_chunks) * group.num_tiles,
+                  solo_ps + cut.chunk * model_.solo_token_ps[group.tile], work_ps);
+    sum_ps += work_ps + empty_ps;
   }
+  const int64_t chunks = static_cast<int64_t>(cut.num_chunks) + cut.num_empty;
   sums.work_ps += sum_ps;
-  sums.items += static_cast<int64_t>(cut.num_chunks) * price.num_tiles;
-  sums.parts += has_parts ? static_cast<int64_t>(cut.num_chunks) * num_rows : 0;
+  sums.items += chunks * price.num_tiles;
+  sums.parts += has_parts ? chunks * num_rows : 0;
   return sum_ps;
 }
 
@@ -254,7 +264,7 @@ void Splitter::apply(const SegmentTree& tree, const Split& split, Packing& packi
   int32_t* num_chunks = packing.num_chunks.fit(num_shared + num_rows);
   const auto store = [&](int32_t i, const Cut& c) {
     chunk[i] = c.chunk;
-    num_chunks[i] = c.num_chunks;
+    num_chunks[i] = c.num_chunks + c.num_empty;
   };
   for (int32_t i = 0; i < num_shared; ++i) {
     SharedPack& pack = packing.shared[i];

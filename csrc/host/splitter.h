@@ -48,6 +48,7 @@ class Splitter {
   struct Cut {
     int32_t chunk;
     int32_t num_chunks;
+    int32_t num_empty = 0;  // further ones of a tail, without a token at first
   };
   /// What a plan takes of the workspace, and its SM time.
   struct Sums {
