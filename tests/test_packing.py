@@ -362,8 +362,8 @@ def test_items_start_at_once_or_behind_the_longer_ones(
 # Round numbers, so that the prices below can be added up by hand.
 ROUND = CostModel(
     num_sms=1, item_ps=(10, 20, 30), token_ps=(3, 3, 3), reread_ps=(1, 1, 1),
-    solo_item_ps=(100, 200, 300), solo_token_ps=(2, 2, 2), private_token_ps=2, part_ps=1000, step_ps=7,
-    provenance="for tests",
+    solo_item_ps=(100, 200, 300), solo_token_ps=(2, 2, 2), private_token_ps=2, part_ps=1000,
+    step_ps=7, provenance="for tests",
 )  # fmt: skip
 
 
