@@ -97,6 +97,11 @@ def tree_paths(text: str) -> list[list[tuple[tuple[int, int], int, int]]]:
 
 def doctor(args: argparse.Namespace) -> int:
     """What is in place, and why not; exit status 1 when PAT could not serve here."""
+    if args.calibrate:
+        from .calibrate import calibrate
+
+        print(calibrate(args.seconds))
+        return 0
     failed = False
     for name, check in CHECKS.items():
         try:
@@ -208,6 +213,10 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(function=run)
 
     command = commands.add_parser("doctor", help="what is in place, and why not")
+    command.add_argument(
+        "--calibrate", action="store_true", help="measure the planner's constants on this GPU"
+    )
+    command.add_argument("--seconds", type=float, default=90, help="for --calibrate")
     command.set_defaults(function=doctor)
 
     command = commands.add_parser("build", help="compile kernels ahead; needs no GPU")

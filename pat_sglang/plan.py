@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import jit, layout
+from . import __version__, jit, layout, saved_cost
 from ._types import Int32Array
-from .cost import FRAGMENT_ROWS, TILES, cost_model_for
+from .cost import FRAGMENT_ROWS, TILES
 from .forest import Forest
 from .host import HostPlanner
 from .layout import Capacity, CapacityError, PlanTables, capacity_for
@@ -236,7 +236,7 @@ class DecodePlanner:
             self.module = jit.load(arch, DTYPE_NAMES[dtype], head_dim, path)
         self.group_size = num_q_heads // num_kv_heads
 
-        model = cost_model_for(gpu_name, num_sms, head_dim)
+        model = saved_cost.model_for(gpu_name, num_sms, head_dim, __version__)
         capacity = self._capacity(max_rows, max_tokens, max_workspace_bytes)
         shape = Shape(self.group_size, num_kv_heads, capacity.parts, capacity.items, sharing)
         self.host = HostPlanner(shape, model, capacity)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: MIT
+"""Cost constants of the GPU at hand, by measuring plans: ``doctor --calibrate``.
+
+The constants of the cost model are not physical quantities that a stopwatch could give one by one:
+what counts is which plans they choose. So they are searched: a random descent changes one to three
+of them at a time, has a set of batches planned and timed, and keeps what makes the set faster.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import __version__, saved_cost
+from .cost import ALL_TILES, CostModel, cost_model_for
+from .decode import pat_decode
+from .forest import Forest
+from .host import HostPlanner
+from .plan import DecodePlanner
+
+HEADS = ((32, 8), (64, 8), (8, 1), (32, 32))
+HEAD_DIM = 128
+MAX_ROWS = 512
+MAX_TOKENS = 1 << 19
+MAX_KV_BYTES = 2 << 30  # of a batch: larger ones are left out
+FLUSH_BYTES = 256 << 20  # written before each replay: more than any L2 holds
+REPLAYS = 5  # of which the median counts
+LEAST_GAIN = 0.9985  # of the time, below the noise of a whole set
+
+# What a step may change: (field, tile or None), and by which factor.
+_CONSTANTS: tuple[tuple[str, int | None], ...] = (
+    *(
+        (name, tile)
+        for name in ("item_ps", "reread_ps", "solo_item_ps", "solo_token_ps")
+        for tile in ALL_TILES
+    ),
+    ("token_ps", 1), ("token_ps", 2),  # that of the narrow tile is the bandwidth
+    ("private_token_ps", None), ("part_ps", None), ("step_ps", None),
+)  # fmt: skip
+_FACTORS = (0.5, 0.65, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One decode batch: its forest, the deepest node of each row and the lengths ``[rows]``."""
+
+    name: str
+    forest: Forest
+    leaf_of_row: np.ndarray
+    lens: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Unique tokens."""
+        ends = ends_of(self.forest)
+        shared = sum(int(ends[leaf]) for leaf in self.leaf_of_row if leaf >= 0)
+        return int(self.forest.length.sum() + self.lens.sum()) - shared
+
+
+def ends_of(forest: Forest) -> np.ndarray:
+    """Tokens from the root to the end of each node; parents come before their children."""
+    ends = forest.length.astype(np.int64)
+    for node, parent in enumerate(forest.parent):
+        if parent >= 0:
+            ends[node] += ends[parent]
+    return ends
+
+
+def batches() -> list[Batch]:
+    """What the constants are chosen for: unshared rows, groups like those of RL rollouts, agents on
+    a long root, long rows among short ones."""
+    rng = np.random.default_rng(0)
+
+    def unshared(rows: int, tokens: int) -> Batch:
+        return Batch(
+            f"{rows} rows of {tokens}",
+            Forest.empty(),
+            np.full(rows, -1, np.int32),
+            np.full(rows, tokens, np.int32),
+        )
+
+    def groups(count: int, rows: int, prompt: int, shortest: int, longest: int) -> Batch:
+        own = np.exp(rng.uniform(math.log(shortest), math.log(longest), count * rows))
+        return Batch(
+            f"{count} groups of {rows} on {prompt}, {shortest} to {longest} of their own",
+            Forest(np.full(count, -1), np.full(count, prompt)),
+            np.repeat(np.arange(count, dtype=np.int32), rows),
+            (prompt + own).astype(np.int32),
+        )
+
+    def two_levels(nodes: int, rows: int, root: int, middle: int, own: int) -> Batch:
+        return Batch(
+            f"{nodes} nodes of {rows} rows below a root of {root}",
+            Forest(np.array([-1] + [0] * nodes), np.array([root] + [middle] * nodes)),
+            np.repeat(np.arange(1, nodes + 1, dtype=np.int32), rows),
+            np.full(nodes * rows, root + middle + own, np.int32),
+        )
+
+    return [
+        unshared(1, 1024), unshared(1, 16384), unshared(8, 1024), unshared(8, 8192),
+        unshared(64, 1024), unshared(64, 4096),
+        groups(1, 16, 4096, 256, 512),
+        groups(1, 256, 2048, 32, 64),
+        groups(4, 32, 4096, 128, 256),
+        groups(8, 8, 1024, 256, 8192),
+        groups(8, 64, 1024, 128, 512),
+        groups(32, 8, 512, 64, 2048),
+        two_levels(8, 16, 2048, 512, 256),
+        two_levels(16, 4, 8192, 128, 64),
+        groups(1, 64, 8192, 16, 1024),
+    ]  # fmt: skip
+
+
+def descend(
+    start: CostModel,
+    measure: Callable[[CostModel], Sequence[float]],
+    keep_going: Callable[[], bool],
+    seed: int = 0,
+) -> tuple[CostModel, float]:
+    """Random descent over the constants.
+
+    Args:
+        start: where it begins.
+        measure: microseconds of every batch, planned under a model.
+        keep_going: asked before each step.
+        seed: of the steps.
+
+    Returns:
+        The best model, and the geometric mean of its times over that of ``start``: at most 1.
+    """
+    rng = random.Random(seed)
+
+    def score(model: CostModel) -> float:
+        return statistics.fmean(math.log(us) for us in measure(model))
+
+    best, first = start, score(start)
+    best_score = first
+    while keep_going():
+        changed: dict[str, Any] = {}
+        for name, tile in rng.sample(_CONSTANTS, rng.choice((1, 1, 2, 3))):
+            value, factor = changed.get(name, getattr(best, name)), rng.choice(_FACTORS)
+            if tile is None:
+                changed[name] = max(1, int(value * factor))
+            else:
+                scaled = max(1, int(value[tile] * factor))
+                changed[name] = (*value[:tile], scaled, *value[tile + 1 :])
+        candidate = replace(best, **changed)
+        least = best_score + math.log(LEAST_GAIN)
+        # Measured twice: the first of many candidates to look good is often only lucky.
+        if score(candidate) < least and (again := score(candidate)) < least:
+            best, best_score = candidate, again
+    return best, math.exp(best_score - first)
+
+
+class _Timed:
+    """A batch at one head layout on the GPU, its decode captured once for all plans."""
+
+    def __init__(self, batch: Batch, planner: DecodePlanner, k: torch.Tensor, v: torch.Tensor):
+        rows, device = len(batch.lens), planner.device
+        lens = torch.from_numpy(batch.lens.astype(np.int64)).to(device)
+        table = torch.from_numpy(slots_of(batch)).to(device)
+        self.planner = planner
+        self.arguments = (
+            batch.forest, batch.leaf_of_row, batch.lens, lens, table,
+            torch.arange(rows, device=device),
+        )  # fmt: skip
+        q = torch.randn(rows, planner.num_q_heads, HEAD_DIM, dtype=k.dtype, device=device)
+        out = torch.empty_like(q)
+        plan = planner.plan(*self.arguments)
+
+        def run() -> None:
+            pat_decode(q, k, v, plan, sm_scale=HEAD_DIM**-0.5, out=out)
+
+        run()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            run()
+
+    def measure(self, flush: torch.Tensor) -> float:
+        """Microseconds of one layer under the planner's model, cold L2."""
+        self.planner.plan(*self.arguments)
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(REPLAYS)
+        ]
+        for begin, end in events:
+            flush.zero_()
+            begin.record()
+            self.graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in events)
+
+
+def slots_of(batch: Batch) -> np.ndarray:
+    """``req_to_token`` of a batch: int32 ``[rows, longest]``, slots in random order."""
+    slots = np.random.default_rng(1).permutation(batch.tokens).astype(np.int32)
+    table = np.zeros((len(batch.lens), int(batch.lens.max())), np.int32)
+    parent, length = batch.forest.parent, batch.forest.length
+    ends = ends_of(batch.forest)
+    first_of_node = np.concatenate([[0], np.cumsum(length)]).astype(int)
+    taken = int(first_of_node[-1])
+    for row, (leaf, tokens) in enumerate(zip(batch.leaf_of_row, batch.lens, strict=True)):
+        begin = int(ends[leaf]) if leaf >= 0 else 0
+        node = int(leaf)
+        while node >= 0:
+            end = int(ends[node])
+            first = first_of_node[node]
+            table[row, end - length[node] : end] = slots[first : first + length[node]]
+            node = int(parent[node])
+        table[row, begin:tokens] = slots[taken : taken + tokens - begin]
+        taken += tokens - begin
+    return table
+
+
+def calibrate(seconds: float, device: str = "cuda") -> str:
+    """Searches constants for ``seconds``, saves them and says how much they gain.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("--calibrate measures on a GPU, and there is none here")
+    properties = torch.cuda.get_device_properties(device)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    timed: list[_Timed] = []
+    planners = []
+    for q_heads, kv_heads in HEADS:
+        planner = DecodePlanner(
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=HEAD_DIM, dtype=torch.bfloat16,
+            device=device, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS,
+        )  # fmt: skip
+        planners.append(planner)
+        most = MAX_KV_BYTES // (4 * kv_heads * HEAD_DIM)
+        of_layout = [batch for batch in batches() if batch.tokens <= most]
+        slots = max(batch.tokens for batch in of_layout)
+        k, v = (
+            torch.randn(slots, kv_heads, HEAD_DIM, dtype=torch.bfloat16, device=device)
+            for _ in range(2)
+        )
+        timed += [_Timed(batch, planner, k, v) for batch in of_layout]
+
+    def measure(model: CostModel) -> list[float]:
+        for planner in planners:
+            planner.host = HostPlanner(planner.host.shape, model, planner.host.capacity)
+        return [one.measure(flush) for one in timed]
+
+    start = cost_model_for(properties.name, properties.multi_processor_count, HEAD_DIM)
+    measure(start)  # clocks rise
+    begin = time.monotonic()
+    best, ratio = descend(start, measure, lambda: time.monotonic() - begin < seconds)
+    provenance = (
+        f"{properties.name}, {time.strftime('%Y-%m-%d')}: doctor --calibrate, {seconds:.0f} s over "
+        f"{len(timed)} batches, {ratio:.3f} of the time under the shipped constants"
+    )
+    path = saved_cost.save(replace(best, provenance=provenance), properties.name, __version__)
+    return f"{provenance}\nwritten to {path}"
