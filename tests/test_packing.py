@@ -604,5 +604,6 @@ def test_cost_models() -> None:
     small = cost_model_for("NVIDIA H100 PCIe", 114, 64)
     assert small.num_sms == 114
     assert small.token_ps == tuple(ps // 2 for ps in H100.token_ps)
-    assert len(small.words()) == 18
+    assert small.private_token_ps == H100.private_token_ps // 2
+    assert len(small.words()) == 19
     assert isinstance(cost_model_for("something new", 8, 256), CostModel)
