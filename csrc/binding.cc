@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 // tvm-ffi exports of the kernels, and every check on a tensor. Nothing below this file knows
 // tensors; nothing above it checks them again.
-#include <cuda.h>
 #include <cuda_runtime_api.h>
+#if defined(PAT_PATH_SM90)
+#include <cuda.h>  // types of tensor maps
+#endif
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -124,6 +126,7 @@ int32_t num_sms(int32_t device) {
   return count[device];
 }
 
+#if defined(PAT_PATH_SM90)
 /// Map of a cache for the copy engine, in the layout of the kernel's ring: rows of 64 elements, their
 /// 16-byte chunks swizzled over 128 bytes. false: the driver has none to give.
 bool encode_map(const TensorView& cache, pat::TensorMap& map) {
@@ -152,6 +155,7 @@ bool encode_map(const TensorView& cache, pat::TensorMap& map) {
                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
+#endif
 
 /// See pat_sglang/decode.py.
 void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out, TensorView plan,
@@ -231,7 +235,11 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
   const int32_t sms = num_sms(device.device_id);
   const cudaStream_t stream = current_stream(device);
   check_cuda(pat::launch_decode(params, sms, stream), "launching the forward kernel");
-  check_cuda(pat::launch_merge(params, sms, stream), "launching the merge kernel");
+  const cudaError_t merged = pat::launch_merge(params, sms, stream);
+  if (merged != cudaSuccess) {  // it would have reset the counters of the launch before it
+    cudaMemsetAsync(params.counters, 0, sizeof(int32_t) * pat::kNumTiles, stream);
+    check_cuda(merged, "launching the merge kernel");
+  }
 }
 
 /// See pat_sglang/plan.py, DecodePlanner._fill.

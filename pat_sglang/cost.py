@@ -30,8 +30,9 @@ class Tile(NamedTuple):
 TILES = (Tile(16, 64), Tile(64, 64), Tile(128, 64))
 ALL_TILES = tuple(range(len(TILES)))
 FRAGMENT_ROWS = 16  # query rows of one warp's MMA: what a private step of a chain is computed for
-# Warps of an item. Fragment f of a chain is computed by warp f % ITEM_WARPS alone; if there is only
-# one, as in every narrow item, by all of them together.
+# Warps of an item. Fragment f of a chain is computed by warp f % ITEM_WARPS alone; the only one of
+# a narrow item by all of them together. (On Hopper two halves of a block have eight warps for 128
+# rows: what the model says of their private steps is pessimistic there.)
 ITEM_WARPS = 4
 
 PerTile = tuple[int, int, int]

@@ -92,7 +92,7 @@ RUN_WORDS = 4
 TAIL_WORDS = 4
 SLOT_ALIGN = 4  # every run and tail of the snapshot starts at a multiple of this
 TABLE_ALIGN = 4  # every table of the plan too
-NUM_TABLES = 9
+NUM_TABLES = 8
 
 STEP_HI_SHIFT = 8  # in the word that holds lo and hi
 
@@ -230,7 +230,7 @@ class _Items:
             (kind,) = tiles_of(len(rows) * self.group, self.packing.tiles)
             head = [self._add_entries(rows), 0, len(rows) * self.group]
             words = [*head, *run, len(self.fragments), -1, 0, 0]
-            weight = planned + private_span(self.tree, fragments)
+            weight = planned + private_span(self.tree, fragments, kind)
             self.of_kind[kind].append((weight, words))
             self.chains += 1
             self.planned_tokens += planned

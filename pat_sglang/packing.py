@@ -195,16 +195,17 @@ def step_tokens(tree: SegmentTree, step: Step) -> int:
     return segment.end - segment.begin
 
 
-def private_span(tree: SegmentTree, fragments: list[list[Step]]) -> int:
+def private_span(tree: SegmentTree, fragments: list[list[Step]], kind: int) -> int:
     """Time that the steps of a work item take, in tokens of the narrow tile.
 
-    All warps share the steps of a single fragment. Of several each is computed by one warp, which
-    alone is as many times slower as there are warps: the one with most tokens counts.
+    The warps of a narrow item (``kind`` 0) share its steps. Of any other item each fragment is
+    computed by one warp, which alone is as many times slower as there are warps: the one with most
+    tokens counts.
     """
     of_warp = [0] * ITEM_WARPS
     for f, steps in enumerate(fragments):
         of_warp[f % ITEM_WARPS] += sum(step_tokens(tree, step) for step in steps)
-    return of_warp[0] if len(fragments) == 1 else ITEM_WARPS * max(of_warp)
+    return of_warp[0] if kind == 0 else ITEM_WARPS * max(of_warp)
 
 
 class Load(NamedTuple):
@@ -634,7 +635,10 @@ class _Splitter:
         if key not in self._known:
             cut = Cut(0, 1, rows_per_item, separated)
             items = chain_items(tree, pack, cut, self.pricer.group)
-            private = max(private_span(tree, fragments) for _, fragments in items)
+            private = max(
+                private_span(tree, fragments, self.pricer.kinds(len(rows))[0])
+                for rows, fragments in items
+            )
             steps = [s for _, fragments in items for steps in fragments for s in steps]
             once = {(step.segment, step.row if step.segment < 0 else -1): step for step in steps}
             tokens = sum(step_tokens(tree, step) for step in steps)

@@ -160,15 +160,15 @@ def query_rows_of_items(words: np.ndarray, group: int) -> list[list[tuple[int, i
     return [[(row, h, part) for row, part, h in item] for item in of_items]
 
 
-def weight(reads: list[Read]) -> int:
+def weight(reads: list[Read], kind: int) -> int:
     """Tokens of an item's shared run, and in how many tokens' time its fragments are done.
 
-    Four warps have a fourth of a single fragment each; else each has every fourth fragment.
+    Of a narrow item four warps have a fourth of its fragment each; else each has every fourth one.
     """
     of_warp = [0, 0, 0, 0]
     for read in reads[1:]:
         of_warp[read.fragment % 4] += read.names.size
-    private = sum(of_warp) if reads[0].hi <= 16 else 4 * max(of_warp)
+    private = sum(of_warp) if kind == 0 else 4 * max(of_warp)
     return reads[0].names.size + private
 
 
@@ -228,7 +228,7 @@ def check_plan(
         count = header[layout.H_ITEM_COUNT + kind]
         assert header[layout.H_ITEM_BEGIN + kind] == begin
         assert all(least < len(items[i]) <= most for i in range(begin, begin + count))
-        of_kind = [weight(reads) for reads in planned[begin : begin + count]]
+        of_kind = [weight(reads, kind) for reads in planned[begin : begin + count]]
         assert of_kind == sorted(of_kind, reverse=True)
         begin += count
         least = most or least
@@ -343,7 +343,7 @@ def predicted_ps(words: np.ndarray, batch: Batch, setup: Setup) -> int:
                 works[kind] += shared * a_token[kind]
                 if not is_chain:
                     continue
-                private = max(private, weight(reads_of[i]) - shared)
+                private = max(private, weight(reads_of[i], kinds[i]) - shared)
                 numbers = [
                     n
                     for f in range(items[i][8], items[i][8] - (-items[i][2] // 16))

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A wide tile's step: 64 or 128 query rows times 64 tokens by the four warps of a block.
-// Warp w owns rows 16 w .. 16 w + 15 of every block of 64, with both instruction sets, so that it can
-// go on alone with its rows' private runs.
+// A wide tile's step. On Hopper 64 query rows times 64 tokens by one half of a block; warp w owns rows
+// 16 w .. 16 w + 15, with both instruction sets, so that it can go on alone with its rows' private runs.
 #pragma once
 
 #include "rows.cuh"

@@ -42,7 +42,8 @@ inline constexpr int kSliceBytes = kSliceTokens * kPanelRowBytes;  // of it, in 
 static_assert(kWarps * kSliceTokens == kBlockRows, "the warps of a block fill an entry");
 static_assert(kPanelBytes % 1024 == 0, "WGMMA's swizzle repeats every 1024 bytes");
 
-/// One tile shape: its query rows are fragments of 16, each owned by one warp.
+/// One tile shape of the sm_80 path: the query rows of a wide one are fragments of 16, each owned by one
+/// warp; those of the narrow one are all four warps'.
 template <int kTile_>
 struct TileConfig {
   static constexpr int kTile = kTile_;

@@ -131,6 +131,13 @@ class Pair {
 /// Named barriers; 0 is that of the whole block.
 enum Barrier : int { kLoadersOfBlock = 1, kLoadersOfHalf = 2, kComputersOfHalf = 4 };
 
+static_assert(kNumTiles == 3 && kTiles[0].rows == kFragmentRows && kTiles[1].rows == kBlockRows &&
+                  kTiles[2].rows == kHalves * kBlockRows,
+              "a narrow tile, one of a half, one of both halves");
+static_assert(kTiles[0].tokens == kBlockRows && kTiles[1].tokens == kBlockRows &&
+                  kTiles[2].tokens == kBlockRows,
+              "the planner counts the tokens of a step");
+
 __device__ __forceinline__ bool is_narrow(int tile) { return tile == 0; }
 /// Whether both halves compute the item together.
 __device__ __forceinline__ bool is_joint(int tile) { return tile == kNumTiles - 1; }
@@ -162,6 +169,7 @@ __device__ __forceinline__ void init_barriers(uint32_t shared) {
     ptx::barrier_init(half.q_full(), kWarps * kLoaderArrivals);
     ptx::barrier_init(half.q_empty(), kWarps);
   }
+  ptx::fence_barrier_init();
 }
 
 /// One parity bit a stage: of the phase of its barrier that comes next.

@@ -21,21 +21,13 @@ __device__ __forceinline__ int32_t load_shared(uint32_t address) {
 __device__ __forceinline__ void store_shared(uint32_t address, int32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
-__device__ __forceinline__ int4 load_shared_x4(uint32_t address) {
-  int4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 __device__ __forceinline__ void store_shared_x4(uint32_t address, int4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
 }
 
-/// Floats that other blocks of this launch have written: from L2, as L1 may be stale. Zeros when not
+/// Floats that the previous kernel has written, maybe after this one started: from L2, as L1 may be stale. Zeros when not
 /// `valid`; the condition is in the instruction, as one in C++ makes ptxas spill what it guards.
 __device__ __forceinline__ void load_l2(float& v, const float* from, bool valid) {
   v = 0.f;
@@ -179,7 +171,8 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 }
 
 #if defined(PAT_PATH_SM90)
-/// Orders what this thread knows to be in shared memory before its own WGMMA reads.
+/// Orders what this thread knows to be in shared memory before its own WGMMA reads, and before what the
+/// copy engine writes there once the thread has released it.
 /// NOTE: it waits for all of the thread's memory accesses in flight, so a thread that loads ahead must
 /// not call it.
 __device__ __forceinline__ void fence_proxy_async() {
@@ -188,6 +181,10 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+/// By the thread that has initialised barriers, before others use them: the copy engine must see them too.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int32_t count) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)

@@ -9,7 +9,8 @@ namespace pat {
 struct Slice {
   static constexpr int32_t kEnd = -1;  // nothing: the item's stream is over
 
-  /// `rows`: query rows lo | hi << 8 of the fragment; `block` counts the fragments of the warp.
+  /// `rows`: query rows lo | hi << 8 of the fragment; `block` counts the fragments of the
+  /// warp, of which only the sm_80 path has more than one.
   __device__ static int32_t pack(int32_t valid, int32_t rows, int32_t block) {
     return valid | rows << 8 | block << 24;
   }

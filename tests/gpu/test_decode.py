@@ -201,15 +201,33 @@ def binary_tree(rows, root=330, below=21):
     return Forest(np.array(parent, np.int32), np.array(length, np.int32)), leaves, lens
 
 
-@pytest.mark.parametrize("rows", [32, 100, 128])
+@pytest.mark.parametrize("rows", [32, 33, 100, 128])
 @pytest.mark.parametrize("query_rows", CHAIN_ROWS)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (16, 4)])
 def test_chains_of_many_steps(make_planner, heads, query_rows, rows):
-    # 128 rows of group 1 in one item: a warp has 42 steps, more than it reads at once.
+    # More steps than a warp reads at once: at group 1 a fragment of 33 rows has 35 of them, and on
+    # the sm_80 path the two fragments of a warp of 128 rows have 42.
     case = cuda_case(heads, 128, *binary_tree(rows), seed=rows)
     plan = plan_case(with_chains(make_planner(*heads, 128), query_rows), case)
     plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
     assert plan.stats.chains > 0 and plan.stats.partial_slots == 0
+    assert_close(run(case, plan), case)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rows", [33, 48])
+@pytest.mark.parametrize("query_rows", [64, 128])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (16, 4)])
+def test_private_runs_before_a_long_shared_run(
+    make_planner, heads, query_rows, rows, head_dim, page_size
+):
+    # On Hopper every other piece of a chain with so long a run starts with its private runs.
+    case = cuda_case(heads, head_dim, *binary_tree(rows, root=2000), seed=rows, page_size=page_size)
+    plan = plan_case(with_chains(make_planner(*heads, head_dim), query_rows), case)
+    plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    assert plan.stats.chains > 0 and plan.stats.splits == 0
+    assert any(not tile.startswith("16x") for tile in plan.stats.items)
     assert_close(run(case, plan), case)
 
 
