@@ -153,6 +153,20 @@ def _check_gpu() -> tuple[bool, str]:
     return True, f"{torch.cuda.get_device_name()}, kernels for {arch}"
 
 
+def _check_cost() -> tuple[bool, str]:
+    import torch
+
+    from . import saved_cost
+
+    if not torch.cuda.is_available():
+        return True, "no GPU to have constants for"
+    properties = torch.cuda.get_device_properties(0)
+    known = properties.name, properties.multi_processor_count
+    model = saved_cost.model_for(*known, 128, __version__)
+    saved = saved_cost.path_of(*known)
+    return True, f"{model.provenance} ({saved if saved.exists() else 'shipped'})"
+
+
 def _check_compiler() -> tuple[bool, str]:
     import torch
 
@@ -195,6 +209,7 @@ CHECKS: dict[str, Callable[[], tuple[bool, str]]] = {
     "environment": _check_environment,
     "entry point": _check_entry_point,
     "GPU": _check_gpu,
+    "cost model": _check_cost,
     "compiler": _check_compiler,
     "cache": _check_cache,
     "SGLang": _check_sglang,
