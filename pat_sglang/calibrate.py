@@ -22,7 +22,7 @@ import torch
 from . import __version__, saved_cost
 from .cost import ALL_TILES, CostModel, cost_model_for
 from .decode import pat_decode
-from .forest import Forest
+from .forest import Forest, build_segment_tree, node_ends
 from .host import HostPlanner
 from .plan import DecodePlanner
 
@@ -33,7 +33,7 @@ MAX_TOKENS = 1 << 19
 MAX_KV_BYTES = 2 << 30  # of a batch: larger ones are left out
 FLUSH_BYTES = 256 << 20  # written before each replay: more than any L2 holds
 REPLAYS = 5  # of which the median counts
-LEAST_GAIN = 0.9985  # of the time, below the noise of a whole set
+LEAST_GAIN = 0.9985  # of the time of a whole set; what is less is noise
 
 # What a step may change: (field, tile or None), and by which factor.
 _CONSTANTS: tuple[tuple[str, int | None], ...] = (
@@ -60,18 +60,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Unique tokens."""
-        ends = ends_of(self.forest)
-        shared = sum(int(ends[leaf]) for leaf in self.leaf_of_row if leaf >= 0)
-        return int(self.forest.length.sum() + self.lens.sum()) - shared
-
-
-def ends_of(forest: Forest) -> np.ndarray:
-    """Tokens from the root to the end of each node; parents come before their children."""
-    ends = forest.length.astype(np.int64)
-    for node, parent in enumerate(forest.parent):
-        if parent >= 0:
-            ends[node] += ends[parent]
-    return ends
+        return build_segment_tree(self.forest, self.leaf_of_row, self.lens).unique_tokens
 
 
 def batches() -> list[Batch]:
@@ -188,17 +177,22 @@ class _Timed:
     def measure(self, flush: torch.Tensor) -> float:
         """Microseconds of one layer under the planner's model, cold L2."""
         self.planner.plan(*self.arguments)
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(REPLAYS)
-        ]
-        for begin, end in events:
-            flush.zero_()
-            begin.record()
-            self.graph.replay()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in events)
+        return time_cold(self.graph, flush, REPLAYS)
+
+
+def time_cold(graph: Any, flush: torch.Tensor, replays: int) -> float:
+    """Median microseconds of a replay after ``flush`` was written: L2 holds none of the KV."""
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(replays)
+    ]
+    for begin, end in pairs:
+        flush.zero_()  # also keeps the host ahead: replay and events are queued while it runs
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in pairs)
 
 
 def slots_of(batch: Batch) -> np.ndarray:
@@ -206,14 +200,14 @@ def slots_of(batch: Batch) -> np.ndarray:
     slots = np.random.default_rng(1).permutation(batch.tokens).astype(np.int32)
     table = np.zeros((len(batch.lens), int(batch.lens.max())), np.int32)
     parent, length = batch.forest.parent, batch.forest.length
-    ends = ends_of(batch.forest)
+    ends = node_ends(batch.forest, batch.forest.topological_order())
     first_of_node = np.concatenate([[0], np.cumsum(length)]).astype(int)
     taken = int(first_of_node[-1])
     for row, (leaf, tokens) in enumerate(zip(batch.leaf_of_row, batch.lens, strict=True)):
-        begin = int(ends[leaf]) if leaf >= 0 else 0
+        begin = ends[leaf] if leaf >= 0 else 0
         node = int(leaf)
         while node >= 0:
-            end = int(ends[node])
+            end = ends[node]
             first = first_of_node[node]
             table[row, end - length[node] : end] = slots[first : first + length[node]]
             node = int(parent[node])

@@ -194,6 +194,15 @@ class SegmentTree:
         return shared + sum(self.lens) - sum(self.tail_begin)
 
 
+def node_ends(forest: Forest, order: Sequence[int]) -> list[int]:
+    """Tokens from the root to the end of each node; ``order`` has parents before their children."""
+    parent, length = forest.parent.tolist(), forest.length.tolist()
+    ends = [0] * len(parent)
+    for node in order:
+        ends[node] = length[node] + (ends[parent[node]] if parent[node] >= 0 else 0)
+    return ends
+
+
 def build_segment_tree(
     forest: Forest, leaf_of_row: Sequence[int] | Int32Array, host_lens: Sequence[int] | Int32Array
 ) -> SegmentTree:
@@ -216,9 +225,7 @@ def build_segment_tree(
     order = forest.topological_order()
     parent, length = forest.parent.tolist(), forest.length.tolist()
 
-    depth = [0] * len(parent)
-    for node in order:
-        depth[node] = length[node] + (depth[parent[node]] if parent[node] >= 0 else 0)
+    depth = node_ends(forest, order)
     for row, leaf in enumerate(leaves):
         while leaf >= 0 and depth[leaf] > lens[row]:
             leaf = parent[leaf]

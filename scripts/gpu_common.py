@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from pat_sglang import calibrate  # noqa: E402 - found on that path
+
 Row = dict[str, Any]
 
 L2_FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU below
@@ -171,14 +173,7 @@ def time_cold(graph: Any, flush: torch.Tensor, expected_us: float = 0.0) -> floa
     repeats = COLD_REPEATS
     if expected_us > 0:
         repeats = max(FEWEST_COLD, min(COLD_REPEATS, int(COLD_BUDGET_US / expected_us)))
-    pairs = [(_event(), _event()) for _ in range(repeats)]
-    for begin, end in pairs:
-        flush.zero_()  # also keeps the host ahead: replay and events are queued while it runs
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in pairs)
+    return calibrate.time_cold(graph, flush, repeats)
 
 
 def time_warm(graph: Any, expected_us: float = 0.0) -> float:

@@ -15,8 +15,9 @@ import torch
 
 from pat_sglang import DecodePlanner, __version__, saved_cost
 from pat_sglang.__main__ import main
-from pat_sglang.calibrate import HEADS, MAX_ROWS, MAX_TOKENS, batches, descend, ends_of, slots_of
+from pat_sglang.calibrate import HEADS, MAX_ROWS, MAX_TOKENS, batches, descend, slots_of
 from pat_sglang.cost import H100, CostModel, cost_model_for
+from pat_sglang.forest import node_ends
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +103,7 @@ def test_every_batch_fits_and_shares_what_it_says() -> None:
         assert len(batch.lens) <= MAX_ROWS
         assert batch.tokens <= MAX_TOKENS
         table = slots_of(batch)
-        ends = ends_of(batch.forest)
+        ends = node_ends(batch.forest, batch.forest.topological_order())
         used = [table[row, :n] for row, n in enumerate(batch.lens)]
         assert len(np.unique(np.concatenate(used))) == batch.tokens
         for (a, leaf_a), (b, leaf_b) in itertools.pairwise(
