@@ -161,10 +161,8 @@ def _check_cost() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return True, "no GPU to have constants for"
     properties = torch.cuda.get_device_properties(0)
-    known = properties.name, properties.multi_processor_count
-    model = saved_cost.model_for(*known, 128, __version__)
-    saved = saved_cost.path_of(*known)
-    return True, f"{model.provenance} ({saved if saved.exists() else 'shipped'})"
+    sms = properties.multi_processor_count
+    return True, saved_cost.model_for(properties.name, sms, 128, __version__).provenance
 
 
 def _check_compiler() -> tuple[bool, str]:
