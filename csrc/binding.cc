@@ -157,8 +157,8 @@ bool encode_map(const TensorView& cache, pat::TensorMap& map) {
 }
 #endif
 
-/// See pat_sglang/decode.py.
-void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out, TensorView plan,
+/// See pat_sglang/decode.py. false: the driver made no tensor maps, every slot was copied by itself.
+bool decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out, TensorView plan,
             TensorView slots, TensorView live_lens, TensorView partial_out, TensorView partial_lse,
             TensorView counters, double sm_scale) {
   const DLDevice device = q.device();
@@ -197,7 +197,7 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
   check_aligned(out, "out", out.stride(0));
   check_aligned(k_cache, "k_cache", k_cache.stride(0));
   check_aligned(v_cache, "v_cache", v_cache.stride(0));
-  if (q.size(0) == 0) return;
+  if (q.size(0) == 0) return true;
 
   const auto num_q_heads = static_cast<int32_t>(q.size(1));
   const auto num_kv_heads = static_cast<int32_t>(k_cache.size(1));
@@ -240,6 +240,11 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
     cudaMemsetAsync(params.counters, 0, sizeof(int32_t) * pat::kNumTiles, stream);
     check_cuda(merged, "launching the merge kernel");
   }
+#if defined(PAT_PATH_SM90)
+  return params.has_maps || k_cache.size(0) == 0;
+#else
+  return true;  // this path copies every slot by itself
+#endif
 }
 
 /// See pat_sglang/plan.py, DecodePlanner._fill.

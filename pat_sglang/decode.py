@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from .cpu import decode_cpu
+from .metrics import METRICS
 from .plan import DecodePlan
+
+logger = logging.getLogger(__name__)
 
 
 def pat_decode(
@@ -53,7 +58,7 @@ def pat_decode(
     if planner.module is None:
         decode_cpu(q, k_cache, v_cache, plan, sm_scale, out)
         return out
-    planner.module.decode(
+    has_maps = planner.module.decode(
         q,
         k_cache,
         v_cache,
@@ -66,4 +71,11 @@ def pat_decode(
         plan.counters,
         float(sm_scale),
     )
+    if not has_maps:
+        if METRICS.get("maps_refused") == 0:
+            logger.warning(
+                "pat_sglang: the driver makes no tensor maps of the KV cache: slots side by side "
+                "are copied one by one, more slowly"
+            )
+        METRICS.count("maps_refused")
     return out

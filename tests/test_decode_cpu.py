@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cases import CHAINY, make_case, random_forest
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
 from pat_sglang.host import HostPlanner
+from pat_sglang.metrics import METRICS
 from pat_sglang.packing import Search
 from pat_sglang.reference import attention
 
@@ -330,3 +332,16 @@ def test_too_many_rows_and_too_many_tokens():
     huge = np.full(1, 1 << 20)
     with pytest.raises(ValueError, match="max_tokens"):
         planner.plan(None, None, huge, torch.from_numpy(huge), table, torch.arange(1))
+
+
+def test_kernels_without_tensor_maps_are_counted_and_logged_once(caplog):
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]))
+    planner = planner_for((4, 4, 16))
+    plan = check(planner, case)
+    answers = iter([True, False, False])
+    planner.module = SimpleNamespace(decode=lambda *args: next(answers))
+    METRICS.reset()
+    for refused in (0, 1, 2):
+        pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale)
+        assert METRICS.get("maps_refused") == refused
+    assert ["tensor maps" in record.getMessage() for record in caplog.records] == [True]
