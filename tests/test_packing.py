@@ -265,10 +265,9 @@ def test_one_slot_less_than_the_best_plan_needs(data: st.DataObject) -> None:
 @pytest.mark.parametrize("parts", [0, 1, 100, 700, 3000])
 @pytest.mark.parametrize("kind", ["tree", "levels"])
 def test_less_workspace_gives_a_coarser_plan(kind: str, parts: int) -> None:
-    batch = large_batch(0, 256, 120, kind)
+    batch = large_batch(3, 256, 120, kind)
     capacity = capacity_for(256, int(batch.host_lens.sum()), parts, 4, MAX_HORIZON)
-    shape = Shape(4, 8, parts, capacity.items, "on" if parts == 0 else "auto")
-    words = words_of(batch, Setup(shape, MODEL, capacity))
+    words = words_of(batch, Setup(Shape(4, 8, parts, capacity.items), MODEL, capacity))
     assert words[layout.H_PARTS] <= parts
     check_plan(words, batch, 4)
     if parts == 0:
