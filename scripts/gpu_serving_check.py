@@ -63,15 +63,6 @@ class Answer:
 class Scored(Server):
     """A server that is asked for answers and for scores."""
 
-    def flush(self) -> None:
-        for _ in range(50):
-            try:
-                self.call("/flush_cache", {})
-                return
-            except OSError:  # the last request is not quite gone
-                time.sleep(0.2)
-        raise RuntimeError(f"{self.name}: the prefix cache could not be flushed")
-
     def generate(self, prompts: list[list[int]], new_tokens: list[int]) -> list[Answer]:
         """One batched request: all prompts arrive together."""
         sampling = [

@@ -86,6 +86,20 @@ class Server:
         states = self.call("/get_server_info").get("internal_states") or [{}]
         return states[0].get("pat") or {}
 
+    def flush(self) -> None:
+        """Empty the prefix cache, which must not be done while a request runs.
+
+        Raises:
+            RuntimeError: one still runs after 10 s.
+        """
+        for _ in range(50):
+            try:
+                self.call("/flush_cache", {})
+                return
+            except OSError:  # the last request is not quite gone
+                time.sleep(0.2)
+        raise RuntimeError(f"{self.name}: the prefix cache could not be flushed")
+
     def stop(self) -> None:
         """End the whole process group; the launcher may be gone before its workers are."""
         for how in (signal.SIGTERM, signal.SIGKILL):

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: MIT
+"""SGLang servers with PAT and with other attention backends under the same load, interleaved.
+
+    bash scripts/bench_serving.sh --model qwen3-8b --tokenizer ~/gpu/smollm2 --backends pat,fa3
+    bash scripts/bench_serving.sh --model /models/Qwen3-8B --backends pat,fa3,flashinfer,flashinfer-p64
+    bash scripts/bench_serving.sh --report                    what the stored results say
+
+Starts one server a backend, all at once (they must fit the GPU together: --max-total-tokens), and
+gives each the same points of workloads.py by ``sglang.bench_serving``, in turn, so that a drift of
+the machine meets them all alike; --rounds times. Only the server under load works. The spread of a
+backend over its rounds is the noise that differences between backends are compared with.
+
+--model is a folder, or a shape of shapes.py with random weights (then --tokenizer is a folder).
+Graphs and the overlap scheduler are on. Writes results/bench_serving-<gpu>.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gpu_common as common
+import shapes
+from gpu_common import Row
+from server import Server
+from serving_report import report
+from workloads import MOONCAKE, Point, points
+
+KEY = ("model", "workload", "request_rate", "concurrency", "rivals", "backend", "round")
+GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+START_PATIENCE_S = 540.0  # a first start compiles kernels
+# bench_serving's names of what a row keeps.
+KEPT = (
+    "mean_tpot_ms", "median_tpot_ms", "p99_tpot_ms", "mean_ttft_ms", "p99_ttft_ms",
+    "mean_itl_ms", "median_itl_ms", "p99_itl_ms", "completed", "total_output_tokens", "duration",
+)  # fmt: skip
+COUNTED = ("plans_made", "plans_kept", "planned_kv_tokens", "unshared_kv_tokens")
+
+
+def backend_of(name: str) -> tuple[str, int]:
+    """Attention backend and page size of a name like ``flashinfer-p64``."""
+    backend, _, page = name.partition("-p")
+    return backend, int(page or 1)
+
+
+class Contender(Server):
+    """A server of one backend; only one with PAT sees the repository and the plug-in."""
+
+    def __init__(self, name: str, model: Path, options: argparse.Namespace, folder: Path) -> None:
+        backend, page = backend_of(name)
+        arguments = ["--model-path", str(model), "--attention-backend", backend]
+        arguments += ["--page-size", str(page), "--random-seed", "1"]
+        if options.cpu:
+            arguments += ["--device", "cpu", "--dtype", "float32", "--grammar-backend", "none"]
+        else:
+            rows = [str(n) for n in GRAPH_ROWS if n <= options.max_running]
+            # The capture of the prefill graph compiles for minutes.
+            arguments += ["--disable-prefill-cuda-graph", "--cuda-graph-bs-decode", *rows]
+        if options.model in shapes.SHAPES:
+            arguments += ["--load-format", "dummy"]
+        arguments += ["--max-running-requests", str(options.max_running)]
+        arguments += ["--max-total-tokens", str(options.max_total_tokens)]
+        arguments += ["--mem-fraction-static", str(options.mem_fraction), *options.server_arguments]
+        environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+        paths = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
+        paths = [p for p in paths if p not in (str(common.ROOT), str(options.plugin))]
+        if backend == "pat":
+            paths = [str(common.ROOT), *([str(options.plugin)] if options.plugin else []), *paths]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        super().__init__(name, arguments, environment, folder / f"{name}.log", cwd=folder)
+        self.folder = folder
+
+    def measure(self, point: Point, tokenizer: Path) -> Row:
+        """One run of ``sglang.bench_serving``; its own process would spend 10 s on imports.
+
+        Raises:
+            RuntimeError: a request failed, or got fewer tokens than asked.
+        """
+        from sglang.benchmark import serving
+
+        output = self.folder / "bench.json"
+        output.unlink(missing_ok=True)
+        command = ["--backend", "sglang", "--base-url", self.url, "--tokenizer", str(tokenizer)]
+        command += ["--warmup-requests", "0", "--seed", "1", "--disable-tqdm", "--output-details"]
+        command += ["--output-file", str(output), *point.arguments(tokenizer, self.folder)]
+        self.flush()  # bench_serving's own --flush-cache fails when its warm-up is not quite gone
+        before = self.pat_state()
+        sys.argv = ["bench_serving", *command]
+        log = self.log.with_suffix(".bench.log")
+        with log.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            serving.cli_main()
+        after = self.pat_state()
+        result = json.loads(output.read_text())
+        errors = sorted({error for error in result["errors"] if error})
+        if errors or result["completed"] != len(result["errors"]):
+            raise RuntimeError(f"{self.name}, {point.name}: {errors[:2]}, see {log}")
+        row = {name: result[name] for name in KEPT}
+        row["output_tok_s"] = result["output_throughput"]
+        if after:
+            for name in ("declined", "layers_on_base", "steps_on_base"):
+                if after[name]:
+                    raise RuntimeError(f"{self.name}: {name}: {after[name]}")
+            row["pat"] = {name: after[name] - before.get(name, 0) for name in COUNTED}
+        return row
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """All rounds over all points; rows are written as they come."""
+    model = Path(options.model)
+    tokenizer = options.tokenizer or model
+    if options.model in shapes.SHAPES:
+        if options.tokenizer is None:
+            sys.exit(f"--model {options.model} has no tokenizer of its own: give --tokenizer FOLDER")
+        model = shapes.make(options.model, tokenizer, folder / options.model)
+    elif not (model / "config.json").exists():
+        sys.exit(f"--model {model} is neither a model folder nor one of {', '.join(shapes.SHAPES)}")
+    smoke, *others = points(options.trace)
+    chosen = [p for p in (smoke, *others) if any(f in p.name for f in options.points)]
+    if not chosen:
+        sys.exit(f"no point of {options.points}: {[p.name for p in (smoke, *others)]}")
+    servers = [Contender(name, model, options, folder) for name in options.backends]
+    try:
+        for server in servers:
+            print(f"{server.name}: ready after {server.wait(START_PATIENCE_S):.0f} s", flush=True)
+            info = server.call("/get_server_info")
+            print(f"  max_total_num_tokens {info['max_total_num_tokens']}", flush=True)
+        for point in (smoke, chosen[0]):  # first requests of a kind compile kernels
+            for server in servers:
+                server.measure(point, tokenizer)
+        deadline = time.monotonic() + options.budget_s
+        constant = {
+            "model": model.name,
+            "rivals": "+".join(sorted(options.backends)),
+            "max_total_tokens": options.max_total_tokens,
+            **common.provenance(),
+        }
+        for number in range(options.rounds):
+            for point in chosen:
+                turn = number % len(servers)
+                for server in servers[turn:] + servers[:turn]:
+                    if time.monotonic() > deadline:
+                        print("the time is up", flush=True)
+                        return
+                    row = {
+                        "workload": point.workload,
+                        "shared": point.shared,
+                        "request_rate": point.request_rate,
+                        "concurrency": point.concurrency,
+                        "backend": server.name,
+                        "round": number,
+                        **server.measure(point, tokenizer),
+                        **constant,
+                    }
+                    common.write_rows(f"bench_serving-{common.gpu_slug()}.jsonl", [row], KEY)
+                    print(
+                        f"{number} {point.name:24} {server.name:16} ITL median "
+                        f"{row['median_itl_ms']:6.2f}  TPOT mean {row['mean_tpot_ms']:6.2f} "
+                        f"p99 {row['p99_tpot_ms']:6.2f}  TTFT {row['mean_ttft_ms']:6.0f} ms  "
+                        f"{row['output_tok_s']:6.0f} tok/s  {row['duration']:5.1f} s",
+                        flush=True,
+                    )
+    except BaseException:
+        for server in servers:
+            lines = server.log.read_text(errors="replace").splitlines()
+            print(f"-- end of the log of {server.name}", *lines[-12:], sep="\n", flush=True)
+        raise
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--model", default="qwen3-8b", help="a shape of shapes.py, or a folder")
+    parser.add_argument("--tokenizer", type=Path, help="a folder; default: the model's")
+    parser.add_argument("--backends", type=words, default=["pat", "fa3"])
+    parser.add_argument("--points", type=words, default=["-"], help="parts of their names; default: all but smoke")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget-s", type=float, default=1e9, help="start no run after that")
+    parser.add_argument("--max-running", type=int, default=512)
+    parser.add_argument("--max-total-tokens", type=int, default=120_000)
+    parser.add_argument("--mem-fraction", type=float, default=0.85)
+    parser.add_argument("--trace", type=Path, default=common.ROOT.parent / "shared/traces" / MOONCAKE)
+    parser.add_argument(
+        "--plugin",
+        type=Path,
+        default=os.environ.get("PAT_PLUGIN_META"),
+        help="folder with the package metadata that carries the entry point (gpu_session.sh)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="a dry run in float32")
+    parser.add_argument("--report", action="store_true", help="print what is stored and stop")
+    parser.add_argument("server_arguments", nargs="*", help="after --: more for every server")
+    options = parser.parse_args()
+    if not options.report:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+        run(options, Path(tempfile.mkdtemp(prefix="pat-bench-serving-")))
+    for path in sorted((common.ROOT / "results").glob("bench_serving-*.jsonl")):
+        print(f"\n{path.name}")
+        print(report(common.read_rows(path)))
+
+
+if __name__ == "__main__":
+    main()

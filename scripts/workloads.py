@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""The requests bench_serving.py sends, as options of ``sglang.bench_serving``.
+
+A point is one workload at one concurrency or request rate. Those whose requests share a prefix are
+what PAT is for; the others are controls, where it must cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Option = str | int | float
+
+ROOT = Path(__file__).resolve().parents[1]
+MOONCAKE = "mooncake_conversation_trace.jsonl"
+
+# The paper's system prompt: tokens below which all, a language's, a country's requests are equal.
+CONVERSATION_LEVELS = (46, 348, 2123)
+# Stand-in for BurstGPT's request lengths, which are not at hand here: log-normal, clipped.
+USER_MEDIAN, USER_SIGMA, USER_RANGE = 250, 1.1, (16, 2048)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One workload, as users would run it.
+
+    Attributes:
+        workload: name in the result files.
+        options: of ``sglang.bench_serving``, without the server.
+        shared: whether requests share more than a few tokens.
+        request_rate: Poisson arrivals a second; None: all at once.
+        concurrency: requests in flight at most; None: no limit.
+        rows: writes the requests of a workload that bench_serving cannot generate.
+    """
+
+    workload: str
+    options: dict[str, Option] = field(hash=False)
+    shared: bool = True
+    request_rate: float | None = None
+    concurrency: int | None = None
+    rows: Callable[[Any], list[str]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name with the load, unique."""
+        if self.request_rate is not None:
+            return f"{self.workload}@{self.request_rate:g}/s"
+        return self.workload if self.concurrency is None else f"{self.workload}@{self.concurrency}"
+
+    def arguments(self, tokenizer: Path, folder: Path) -> list[str]:
+        """Command line of ``sglang.bench_serving``; writes a request file if it needs one."""
+        options = dict(self.options)
+        if self.rows is not None:
+            path = folder / f"{self.workload}.jsonl"
+            if not path.exists():
+                _write_requests(path, tokenizer, self.rows)
+            options |= {"dataset-name": "custom", "dataset-path": str(path)}
+        if self.request_rate is not None:
+            options["request-rate"] = self.request_rate
+        if self.concurrency is not None:
+            options["max-concurrency"] = self.concurrency
+        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def points(trace: Path) -> list[Point]:
+    """Every point there is, the smallest first; ``trace``: Mooncake's conversation trace."""
+    return [
+        _shared_prefix("smoke", groups=2, samples=4, system=256, question=16, output=16),
+        # The two of anchors.md.
+        _shared_prefix("prefix-4x32-4k", groups=4, samples=32, system=4096),
+        _shared_prefix("prefix-1x128-8k", groups=1, samples=128, system=8192),
+        # RL rollouts: samples of one prompt.
+        _shared_prefix("grpo-8x16", groups=8, samples=16, system=1024, question=8, output=512),
+        _shared_prefix("grpo-8x64", groups=8, samples=64, system=1024, question=8, output=128),
+        # One system prompt at three loads.
+        *(
+            _shared_prefix(f"system-{name}", 1, 2 * running, tokens, concurrency=running)
+            for name, tokens in (("2.5k", 2560), ("8k", 8192))
+            for running in (64, 128, 256)
+        ),
+        Point(
+            "tools-1x8x16",
+            {"num-prompts": 128, "sharegpt-output-len": 256},
+            rows=tool_tree,
+        ),
+        *(
+            Point(
+                "conversation",
+                {"num-prompts": int(20 * rate), "sharegpt-output-len": 256},
+                request_rate=rate,
+                rows=conversations,
+            )
+            for rate in (4, 8, 12, 16, 20)
+        ),
+        Point(
+            "random-1k",
+            {
+                "dataset-name": "random-ids",
+                "num-prompts": 128,
+                "random-input-len": 1024,
+                "random-output-len": 256,
+                "random-range-ratio": 0.5,
+            },
+            shared=False,
+            concurrency=64,
+        ),
+        Point(
+            "mooncake",
+            {
+                "dataset-name": "mooncake",
+                "mooncake-workload": "conversation",
+                "dataset-path": str(trace),
+                "num-prompts": 64,
+            },
+            shared=False,
+        ),
+    ]
+
+
+def _shared_prefix(
+    name: str,
+    groups: int,
+    samples: int,
+    system: int,
+    question: int = 128,
+    output: int = 256,
+    concurrency: int | None = None,
+) -> Point:
+    options: dict[str, Option] = {
+        "dataset-name": "generated-shared-prefix",
+        "gsp-num-groups": groups,
+        "gsp-prompts-per-group": samples,
+        "gsp-system-prompt-len": system,
+        "gsp-question-len": question,
+        "gsp-output-len": output,
+    }
+    return Point(name, options, concurrency=concurrency)
+
+
+def _write_requests(path: Path, tokenizer: Path, rows: Callable[[Any], list[str]]) -> None:
+    from transformers import AutoTokenizer
+
+    random.seed(1)
+    prompts = rows(AutoTokenizer.from_pretrained(tokenizer))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as out:
+        for prompt in prompts:
+            turns = [{"content": prompt}, {"content": "an answer of a few words"}]
+            out.write(json.dumps({"conversations": turns}) + "\n")
+
+
+def _words(tokenizer: Any, tokens: int) -> str:
+    """Text of about that many tokens, random."""
+    from sglang.benchmark.datasets.common import gen_prompt
+
+    return str(gen_prompt(tokenizer, tokens))
+
+
+def tool_tree(tokenizer: Any) -> list[str]:
+    """Eight agents of 16 requests each: tool descriptions for all, a role for each agent."""
+    tools = _words(tokenizer, 3072)
+    roles = [_words(tokenizer, 1024) for _ in range(8)]
+    return [
+        "\n\n".join((tools, role, _words(tokenizer, 256))) for role in roles for _ in range(16)
+    ]
+
+
+def conversations(tokenizer: Any) -> list[str]:
+    """The paper's three levels, 1 x 2 x 4 nodes, and user turns of the lengths above."""
+    first, second, third = CONVERSATION_LEVELS
+    top = _words(tokenizer, first)
+    languages = [_words(tokenizer, second - first) for _ in range(2)]
+    systems = [
+        "\n\n".join((top, language, _words(tokenizer, third - second)))
+        for language in languages
+        for _ in range(2)
+    ]
+    low, high = USER_RANGE
+    lengths = [
+        min(max(int(USER_MEDIAN * random.lognormvariate(0, USER_SIGMA)), low), high)
+        for _ in range(512)
+    ]
+    return [
+        "\n\n".join((systems[i % len(systems)], _words(tokenizer, length)))
+        for i, length in enumerate(lengths)
+    ]
