@@ -2,7 +2,7 @@
 """SGLang servers with PAT and with other attention backends under the same load, interleaved.
 
     bash scripts/bench_serving.sh --model qwen3-8b --tokenizer ~/gpu/smollm2 --backends pat,fa3
-    bash scripts/bench_serving.sh --model /models/Qwen3-8B --backends pat,fa3,flashinfer,flashinfer-p64
+    bash scripts/bench_serving.sh --model /models/Qwen3-8B --backends pat,flashinfer,flashinfer-p64
     bash scripts/bench_serving.sh --report                    what the stored results say
 
 Starts one server a backend, all at once (they must fit the GPU together: --max-total-tokens), and
@@ -35,6 +35,7 @@ from workloads import MOONCAKE, Point, points
 
 KEY = ("model", "workload", "request_rate", "concurrency", "rivals", "backend", "round")
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+TRACE = common.ROOT.parent / "shared/traces" / MOONCAKE
 START_PATIENCE_S = 540.0  # a first start compiles kernels
 # bench_serving's names of what a row keeps.
 KEPT = (
@@ -117,12 +118,16 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     tokenizer = options.tokenizer or model
     if options.model in shapes.SHAPES:
         if options.tokenizer is None:
-            sys.exit(f"--model {options.model} has no tokenizer of its own: give --tokenizer FOLDER")
+            sys.exit(
+                f"--model {options.model} has no tokenizer of its own: give --tokenizer FOLDER"
+            )
         model = shapes.make(options.model, tokenizer, folder / options.model)
     elif not (model / "config.json").exists():
         sys.exit(f"--model {model} is neither a model folder nor one of {', '.join(shapes.SHAPES)}")
     smoke, *others = points(options.trace)
-    chosen = [p for p in (smoke, *others) if any(f in p.name for f in options.points)]
+    chosen = others
+    if options.points:
+        chosen = [p for p in (smoke, *others) if any(part in p.name for part in options.points)]
     if not chosen:
         sys.exit(f"no point of {options.points}: {[p.name for p in (smoke, *others)]}")
     servers = [Contender(name, model, options, folder) for name in options.backends]
@@ -184,13 +189,13 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-8b", help="a shape of shapes.py, or a folder")
     parser.add_argument("--tokenizer", type=Path, help="a folder; default: the model's")
     parser.add_argument("--backends", type=words, default=["pat", "fa3"])
-    parser.add_argument("--points", type=words, default=["-"], help="parts of their names; default: all but smoke")
+    parser.add_argument("--points", type=words, help="parts of their names; default: all but smoke")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no run after that")
     parser.add_argument("--max-running", type=int, default=512)
     parser.add_argument("--max-total-tokens", type=int, default=120_000)
     parser.add_argument("--mem-fraction", type=float, default=0.85)
-    parser.add_argument("--trace", type=Path, default=common.ROOT.parent / "shared/traces" / MOONCAKE)
+    parser.add_argument("--trace", type=Path, default=TRACE)
     parser.add_argument(
         "--plugin",
         type=Path,

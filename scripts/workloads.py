@@ -91,7 +91,7 @@ def points(trace: Path) -> list[Point]:
         *(
             Point(
                 "conversation",
-                {"num-prompts": int(20 * rate), "sharegpt-output-len": 256},
+                {"num-prompts": int(12 * rate), "sharegpt-output-len": 256},
                 request_rate=rate,
                 rows=conversations,
             )
@@ -115,7 +115,7 @@ def points(trace: Path) -> list[Point]:
                 "dataset-name": "mooncake",
                 "mooncake-workload": "conversation",
                 "dataset-path": str(trace),
-                "num-prompts": 64,
+                "num-prompts": 48,
             },
             shared=False,
         ),
@@ -165,9 +165,7 @@ def tool_tree(tokenizer: Any) -> list[str]:
     """Eight agents of 16 requests each: tool descriptions for all, a role for each agent."""
     tools = _words(tokenizer, 3072)
     roles = [_words(tokenizer, 1024) for _ in range(8)]
-    return [
-        "\n\n".join((tools, role, _words(tokenizer, 256))) for role in roles for _ in range(16)
-    ]
+    return ["\n\n".join((tools, role, _words(tokenizer, 256))) for role in roles for _ in range(16)]
 
 
 def conversations(tokenizer: Any) -> list[str]:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""The verdicts on serving, the shape of the request trees, and the figures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import plot
+import workloads
+from serving_report import report, spread, verdicts
+
+
+def rows(backend: str, *factors: float, shared: bool = True, **changed: float) -> list[dict]:
+    """One row a round, all times scaled by its factor."""
+    of_round: dict[str, Any] = {
+        "median_itl_ms": 20.0,
+        "mean_tpot_ms": 22.0,
+        "p99_tpot_ms": 30.0,
+        "mean_ttft_ms": 500.0,
+        "output_tok_s": 4000.0,
+        **changed,
+    }
+    constant = {
+        "model": "m", "rivals": "fa3+pat", "workload": "prefix-4x32-4k", "gpu": "g",
+        "request_rate": None, "concurrency": None, "shared": shared, "backend": backend,
+    }  # fmt: skip
+    made = []
+    for factor in factors:
+        row = {name: value * factor for name, value in of_round.items()}
+        row["output_tok_s"] = of_round["output_tok_s"] / factor
+        made.append({**constant, **row})
+    return made
+
+
+def test_spread_is_of_the_rounds() -> None:
+    assert spread(rows("fa3", 1.0, 1.1, 0.9), "mean_tpot_ms") == pytest.approx(0.2)
+
+
+def test_a_shared_load_must_gain_and_meet_its_target() -> None:
+    peer = rows("fa3", 1.0, 1.0)
+    half = {"median_itl_ms": 10.0, "mean_tpot_ms": 12.0, "p99_tpot_ms": 20.0}
+    assert verdicts("prefix-4x32-4k", rows("pat", 1.0, 1.0, **half), peer, "fa3") == []
+    (missed,) = verdicts("prefix-1x128-8k", rows("pat", 1.0, 1.0, **half), peer, "fa3")
+    assert "0.500" in missed and "0.4" in missed
+    slower = rows("pat", 1.0, 1.0, **half | {"p99_tpot_ms": 31.0})
+    assert any("p99" in v for v in verdicts("other", slower, peer, "fa3"))
+
+
+@pytest.mark.parametrize(("loss", "holds"), [(1.009, True), (1.015, False)])
+def test_a_control_may_lose_a_percent(loss: float, holds: bool) -> None:
+    peer = rows("fa3", 1.0, 1.0, shared=False)
+    mine = rows("pat", 1.0, 1.0, shared=False, mean_tpot_ms=22.0 * loss)
+    assert (verdicts("random", mine, peer, "fa3") == []) == holds
+
+
+def test_a_control_may_lose_what_the_peer_differs_from_itself() -> None:
+    peer = rows("fa3", 0.98, 1.0, 1.02, shared=False)
+    mine = rows("pat", 1.03, shared=False)
+    assert verdicts("random", mine, peer, "fa3") == []
+    # Throughput that fell is a loss, throughput that rose is none.
+    assert verdicts("random", rows("pat", 1.06, shared=False), peer, "fa3")
+    assert verdicts("random", rows("pat", 0.5, shared=False), peer, "fa3") == []
+
+
+def test_the_report_names_every_backend_and_verdict() -> None:
+    text = report([*rows("pat", 1.2), *rows("fa3", 1.0)])
+    assert "fa3" in text and "mean_tpot_ms 1.200 of fa3's" in text
+
+
+def levels(prompts: list[str]) -> list[int]:
+    """Distinct beginnings of one, two, ... parts."""
+    parts = [prompt.split("\n\n") for prompt in prompts]
+    depth = {len(p) for p in parts}
+    assert len(depth) == 1
+    return [len({tuple(p[: n + 1]) for p in parts}) for n in range(depth.pop())]
+
+
+def test_request_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = iter(range(10_000))
+    sizes = []
+
+    def numbered(tokenizer: object, tokens: int) -> str:
+        sizes.append(tokens)
+        return f"text {next(words)}"
+
+    monkeypatch.setattr(workloads, "_words", numbered)
+    assert levels(workloads.tool_tree(None)) == [1, 8, 128]
+    sizes.clear()
+    assert levels(workloads.conversations(None)) == [1, 2, 4, 512]
+    assert sum(sizes[i] for i in (0, 1, 3)) == 2123
+    assert all(16 <= n <= 2048 for n in sizes[7:])
+
+
+def test_points_have_names_of_their_own() -> None:
+    names = [point.name for point in workloads.points(Path("trace"))]
+    assert len(set(names)) == len(names)
+
+
+def test_figures_show_what_was_measured(tmp_path: Path) -> None:
+    kernels = [
+        {"suite": "published", "heads": heads, "tree": "pat01", "backend": backend,
+         "cold_us": 10.0, "floor_us": 5.0, "gpu": "g"}
+        for heads in plot.HEADS
+        for backend in ("pat", "fa3_p1")
+    ]  # fmt: skip
+    figure = plot.kernel_figure(kernels)
+    assert [len(panel.patches) for panel in figure.axes] == [2] * len(plot.HEADS)
+    served = [
+        {"model": "m", "workload": "w", "request_rate": rate, "backend": backend,
+         "mean_tpot_ms": 5.0 * n, "p99_tpot_ms": 9.0 * n}
+        for rate in (8.0, 4.0)
+        for backend in ("pat", "fa3")
+        for n in (1, 2, 3)
+    ]  # fmt: skip
+    mean, _ = plot.serving_figure(served).axes
+    assert [line.get_label() for line in mean.lines] == ["PAT", "FA3"]
+    assert mean.lines[0].get_xydata().tolist() == [[4.0, 10.0], [8.0, 10.0]]
