@@ -22,6 +22,8 @@
 #   3. the model: model.00 and model.01 as parts (with `part`), then
 #        carry [".carry"]                           bash scripts/gpu_session.sh unpack
 #        carry [".carry"]                           bash scripts/gpu_session.sh serving
+#        carry [".carry"]                           bash scripts/gpu_session.sh load --backends pat,fa3
+#      load leaves $OUT/jit-cache.tgz, what SGLang compiled; in .carry/ it saves the next machine 90 s of a first start
 #
 # Whatever follows a subcommand goes to its Python script. Results land in results/ there and in $OUT,
 # which comes back: copy them to results/ here.
@@ -34,6 +36,7 @@ parts=$gpu/parts
 local_() {
   local python=${PYTHON:-/root/venv/bin/python} wheels=${BUNDLE_WORK:-$HOME/.cache/gpu-bundle}/wheels
   mkdir -p .carry
+  cp "${PAT_TRACES:-../shared/traces}"/mooncake_conversation_trace.jsonl .carry/
   git rev-parse --short=12 HEAD > .carry/commit
   rm -rf .carry/site
   "$python" -m zipfile -e "$wheels"/apache_tvm_ffi-*.whl .carry/site
@@ -79,6 +82,7 @@ unpack() {
     bash "$parts/unpack_bundle.sh" "$parts" "$gpu"
     rm -r "$gpu/smollm2"
   fi
+  if [ -e .carry/jit-cache.tgz ]; then tar -C "$HOME" -xzf .carry/jit-cache.tgz; fi
   du -sh "$gpu"/*
 }
 
@@ -155,11 +159,21 @@ serving() {
   python3 scripts/gpu_serving_check.py --model "$gpu/smollm2" "$@" 2>&1 | tee "$log"
 }
 
-command=${1:?local, part, unpack, kernels, sanitize, floor, regret, ablation, bench or serving}
+load() {
+  environment load
+  local status=0
+  python3 scripts/bench_serving.py --tokenizer "$gpu/smollm2" --trace .carry/mooncake_conversation_trace.jsonl \
+    "$@" 2>&1 | tee "$log" || status=$?
+  (cd "$HOME" && ls -d .cache/tvm-ffi .cache/flashinfer .cache/sglang .triton 2>/dev/null) |
+    tar -C "$HOME" -czf "${OUT:-/tmp}/jit-cache.tgz" -T - || true
+  return $status
+}
+
+command=${1:?local, part, unpack, kernels, sanitize, floor, regret, ablation, bench, serving or load}
 shift
 case $command in
   local) local_ ;;
   floor | regret | ablation) alone "$command" "$@" ;;
-  part | unpack | kernels | sanitize | bench | serving) "$command" "$@" ;;
+  part | unpack | kernels | sanitize | bench | serving | load) "$command" "$@" ;;
   *) echo "unknown subcommand $command" >&2; exit 2 ;;
 esac
