@@ -3,6 +3,7 @@
 
     python scripts/gpu_serving_check.py --model ~/gpu/smollm2              fa3, flashinfer, triton
     python scripts/gpu_serving_check.py --model FOLDER --bases fa3 --answers 24
+    python scripts/gpu_serving_check.py --model FOLDER --bases fa3 --load  while bench_serving loads
     python scripts/gpu_serving_check.py --model FOLDER32 --dry-run         on a CPU, torch_native
 
 For every base two servers run at once, the base itself and `--attention-backend pat` on that base,
@@ -19,20 +20,22 @@ run-to-run difference:
   equal answers, and the decode kernels meet a reference that is no decode kernel
 - `pat`: the plug-in's counters, which prove that shared segments were packed
 
-Writes results/serving_check-<gpu>.json, and $OUT/ the same when set. Server logs stay in a
+Writes results/serving_check[-load]-<gpu>.json, and $OUT/ the same when set. Server logs stay in a
 temporary folder; the ends of those that failed are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +50,8 @@ RUNS = 2
 NEW_TOKENS = (32, 48, 64, 96, 128)  # requests leave the batch at different times
 SECOND_WAVE_S = 0.4
 START_PATIENCE_S = 420.0  # a first start compiles kernels
+LOAD_PATIENCE_S = 180.0
+GRAPH_ROWS = [str(rows) for rows in (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96)]
 
 # A run is within noise when PAT is this much further from the base than the base is from itself.
 RESCORED_MEAN_FACTOR = 1.15
@@ -95,6 +100,36 @@ class Scored(Server):
         return scores
 
 
+@contextlib.contextmanager
+def load_on(server: Scored, model: Path, folder: Path) -> Iterator[None]:
+    """``sglang.bench_serving`` keeps the server busy: groups with a prompt each, 32 at a time.
+
+    Raises:
+        RuntimeError: it did not begin, or ended before the block did.
+    """
+    log = folder / f"{server.name.replace('+', '-')}.load.log"
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"]
+    command += ["--base-url", server.url, "--tokenizer", str(model), "--max-concurrency", "32"]
+    command += ["--dataset-name", "generated-shared-prefix", "--gsp-num-groups", "512"]
+    command += ["--gsp-prompts-per-group", "16", "--gsp-system-prompt-len", "512"]
+    command += ["--gsp-question-len", "32", "--gsp-output-len", "128", "--gsp-ordered"]
+    command += ["--output-file", str(folder / "load.jsonl")]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + LOAD_PATIENCE_S
+        while server.call("/v1/loads?include=core")["loads"][0]["num_running_reqs"] < 16:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no load on {server.name}, see {log}")
+            time.sleep(0.2)
+        yield
+        if process.poll() is not None:
+            raise RuntimeError(f"the load on {server.name} ended too early, see {log}")
+    finally:
+        process.kill()
+        process.wait()
+
+
 class Workload:
     """The requests, as tokens."""
 
@@ -117,9 +152,10 @@ class Workload:
             self.prompts.append(tokenizer.encode(text, add_special_tokens=False))
         self.new_tokens = [NEW_TOKENS[i % len(NEW_TOKENS)] for i in range(answers)]
 
-    def run(self, server: Scored, new_tokens: list[int]) -> list[Answer]:
-        """Two waves on an empty prefix cache; the second finds the first decoding."""
-        server.flush()
+    def run(self, server: Scored, new_tokens: list[int], loaded: bool) -> list[Answer]:
+        """Two waves; the second finds the first decoding. On an empty prefix cache, if possible."""
+        if not loaded:
+            server.flush()
         half = 2 * len(self.prompts) // 3
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(server.generate, self.prompts[:half], new_tokens[:half])
@@ -223,12 +259,12 @@ def problems_of(result: Row, cpu: bool) -> list[str]:
 def arguments_of(options: argparse.Namespace, backend: str) -> list[str]:
     arguments = ["--model-path", str(options.model), "--attention-backend", backend]
     arguments += ["--skip-server-warmup", "--sampling-backend", "pytorch", "--random-seed", "1"]
-    arguments += ["--max-running-requests", "48", "--grammar-backend", "none"]
+    arguments += ["--max-running-requests", "96", "--grammar-backend", "none"]
     if options.dry_run:
         arguments += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "32768"]
         return [*arguments, "--mem-fraction-static", "0.5"]
     arguments += ["--dtype", "bfloat16", "--disable-prefill-cuda-graph"]
-    arguments += ["--cuda-graph-bs-decode", *["1", "2", "4", "8", "16", "24", "32", "40", "48"]]
+    arguments += ["--cuda-graph-bs-decode", *GRAPH_ROWS]
     # A small cache and a budget that holds while other servers take their share meanwhile.
     return [*arguments, "--max-total-tokens", "98304", "--mem-fraction-static", "0.6"]
 
@@ -253,8 +289,8 @@ class Family:
     """The two servers of one base."""
 
     def __init__(self, base: str, options: argparse.Namespace, folder: Path) -> None:
-        self.base, self.options = base, options
-        self.result: Row = {"base": base}
+        self.base, self.options, self.folder = base, options, folder
+        self.result: Row = {"base": base, "load": options.load}
         self.servers: dict[str, Scored] = {}
         for name, backend, with_pat in ((base, base, False), (f"pat+{base}", "pat", True)):
             environment = environment_of(options, base, with_pat)
@@ -273,7 +309,12 @@ class Family:
         }
         count = self.options.new_tokens
         new_tokens = [min(n, count) for n in workload.new_tokens]
-        runs = {s.name: [workload.run(s, new_tokens) for _ in range(RUNS)] for s in (plain, pat)}
+        runs: dict[str, list[list[Answer]]] = {}
+        for server in (plain, pat):
+            loaded = self.options.load
+            load = load_on(server, self.options.model, self.folder) if loaded else None
+            with load or contextlib.nullcontext():
+                runs[server.name] = [workload.run(server, new_tokens, loaded) for _ in range(RUNS)]
         self.result["pat"] = pat.pat_state()
         self.result["cached_tokens"] = {
             name: [sum(a.cached for a in run) for run in of] for name, of in runs.items()
@@ -337,6 +378,7 @@ def main() -> None:
         default=os.environ.get("PAT_PLUGIN_META"),
         help="folder with the package metadata that carries the entry point (gpu_session.sh)",
     )
+    parser.add_argument("--load", action="store_true", help="other requests beside those checked")
     parser.add_argument("--one-by-one", action="store_true", help="one base after the other")
     parser.add_argument("--dry-run", action="store_true", help="CPU, float32, torch_native")
     options = parser.parse_args()
@@ -363,7 +405,8 @@ def main() -> None:
         **common.provenance(),
     }
     if not options.dry_run:
-        for path in common.result_paths(f"serving_check-{common.gpu_slug()}.json"):
+        name = f"serving_check{'-load' if options.load else ''}-{common.gpu_slug()}.json"
+        for path in common.result_paths(name):
             path.write_text(json.dumps(report, indent=1) + "\n")
     passed = not any(result["problems"] for result in results)
     print(f"\nlogs: {folder}\n" + ("PASS" if passed else "FAIL"), flush=True)
