@@ -21,14 +21,24 @@ POOL = 4096
 class MiniScheduler:
     """Requests that live in a real prefix tree."""
 
-    def __init__(self, make_tree: Any = None, page_size: int = 1, **tree_options: Any) -> None:
+    def __init__(
+        self,
+        make_tree: Any = None,
+        page_size: int = 1,
+        *,
+        rows: int = 64,
+        context: int = 512,
+        slots: int = POOL,
+        device: str = "cpu",
+        **tree_options: Any,
+    ) -> None:
         from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
         from sglang.srt.mem_cache.radix_cache import RadixCache
 
-        self.pool = ReqToTokenPool(64, 512, "cpu", enable_memory_saver=False)
-        self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
+        self.pool = ReqToTokenPool(rows, context, device, enable_memory_saver=False)
+        self.allocator = TokenToKVPoolAllocator(slots, torch.float32, device, None, False)
         options = {"disable": False, **tree_options}
         params = CacheInitParams(
             req_to_token_pool=self.pool,

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: MIT
+"""What PAT costs a decode step outside the layers: the host's time, and on a GPU the device's too.
+
+    . scripts/cpu/env.sh                     on a machine without a GPU
+    python scripts/bench_host.py [--rows 256] [--levels 3] [--profile]
+
+Requests live in SGLang's own RadixCache: one prompt that all share, below it 8 groups, below those
+(--levels 4) 8 groups each, and at last private tokens. Steps go the way of a CUDA-graph replay:
+the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a PAT backend.
+
+- changed: one request has left the batch and another has joined it, in a new list, as filter_batch
+  and merge_batch make it
+- unchanged: the same list, every request one token longer; its first part ends where the fill
+  kernel is launched
+
+Launching the kernel is part of the host's time on a GPU; on a CPU there is nothing to launch. Device
+time is that of the upload and the fill kernel, queued behind a long kernel so that no gap of the
+host's counts.
+
+Writes results/bench_host-<gpu>.jsonl, a line a measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import platform
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import gpu_common as common
+import torch
+
+sys.path.insert(0, str(common.ROOT / "tests" / "sglang"))
+
+from scheduling import MiniScheduler  # noqa: E402 - found on that path
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+FAN_OUT = 8
+ROOT_TOKENS, GROUP_TOKENS, PRIVATE_TOKENS = 1024, 256, (64, 192)
+GROWTH = 32  # tokens every request has decoded; the steps that are timed walk through them
+SPARES = 8  # requests that wait to join
+SPIN_CYCLES = 4_000_000  # of the kernel that device work is queued behind
+KEY = ("rows", "levels", "measure")
+
+
+class Measure(NamedTuple):
+    """Microseconds of many steps, and what issue 4 allows."""
+
+    name: str
+    limit_us: float | None
+    us: list[float]
+
+    def row(self) -> common.Row:
+        ordered = sorted(self.us)
+        return {
+            "measure": self.name,
+            "median_us": round(statistics.median(ordered), 2),
+            "p99_us": round(ordered[len(ordered) * 99 // 100], 2),
+            "limit_us": self.limit_us,
+            "steps": len(ordered),
+        }
+
+
+class Step(NamedTuple):
+    """Host microseconds of one step."""
+
+    structure: float  # the hook
+    planning: float  # the metadata, to its end
+    until_launch: float  # the metadata, until the fill kernel is launched
+
+
+class Kernels:
+    """Takes the kernels' place in a planner: notes the time of the launch, then launches."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels  # None on a CPU, where the fill is no part of the host's work
+        self.launched_ns = 0
+
+    def fill(self, *args: Any) -> None:
+        self.launched_ns = time.perf_counter_ns()
+        if self.kernels is not None:
+            self.kernels.fill(*args)
+
+
+def prompts(rows: int, levels: int) -> list[list[int]]:
+    """Token ids of every request; no two nodes of the tree have a token in common."""
+    fresh = iter(range(1 << 30))
+    made: dict[tuple[int, int], list[int]] = {}
+
+    def node(level: int, index: int, length: int) -> list[int]:
+        return made.setdefault((level, index), [next(fresh) for _ in range(length)])
+
+    shortest, longest = PRIVATE_TOKENS
+    found = []
+    for row in range(rows):
+        tokens = list(node(0, 0, ROOT_TOKENS))
+        for level in range(1, levels - 1):
+            tokens += node(level, row % FAN_OUT**level, GROUP_TOKENS)
+        private = shortest + row * 37 % (longest - shortest)
+        found.append(tokens + [next(fresh) for _ in range(private)])
+    return found
+
+
+class Bed:
+    """A batch in a real prefix tree, and a PAT backend as the server builds it."""
+
+    def __init__(self, rows: int, levels: int) -> None:
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+        from sglang.srt.layers.radix_attention import RadixAttention
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        from pat_sglang.plugin import builder
+        from pat_sglang.plugin.feed import on_init_new
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokens = prompts(rows + SPARES, levels)
+        context = max(map(len, tokens)) + GROWTH
+        slots = sum(map(len, tokens)) + len(tokens) * GROWTH
+        self.scheduler = MiniScheduler(
+            rows=len(tokens), context=context, slots=slots, device=device
+        )
+        served = [self.scheduler.serve(of) for of in tokens]
+        for _ in range(GROWTH):
+            self.scheduler.decode(served)
+        self.reqs, self.spares = served[:rows], served[rows:]
+
+        layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=0)
+        self.runner = SimpleNamespace(
+            server_args=SimpleNamespace(
+                _pat={"asked_by": "bench_host"}, get_attention_backends=lambda: ("torch_native",) * 2
+            ),
+            is_draft_worker=False,
+            use_mla_backend=False,
+            device=device,
+            model_config=SimpleNamespace(is_encoder_decoder=False),
+            model=torch.nn.ModuleList([layer]),
+            req_to_token_pool=self.scheduler.pool,
+            token_to_kv_pool=MHATokenToKVPool(
+                slots, 1, torch.bfloat16, KV_HEADS, HEAD_DIM, 1, device, enable_memory_saver=False
+            ),
+            token_to_kv_pool_allocator=self.scheduler.allocator,
+        )
+        self.backend = builder.wrap("torch_native", TorchNativeAttnBackend)(self.runner)
+        self.backend._pat.captured = True  # and no layer needed the base
+        (self.planner,) = self.backend._pat.planners.values()
+        self.planner.module = self.kernels = Kernels(self.planner.module)
+        self.hook = on_init_new
+        self.steps = 0
+
+    def replace_one(self) -> None:
+        """filter_batch, then merge_batch."""
+        victim = self.reqs[self.steps * 7 % len(self.reqs)]
+        self.reqs = [req for req in self.reqs if req is not victim]
+        self.reqs = self.reqs + [self.spares.pop(0)]  # noqa: RUF005 - as merge_batch
+        self.spares.append(victim)
+
+    def batches(self) -> tuple[Any, Any]:
+        """The ScheduleBatch of the next step, and the ForwardBatch that a replay gets."""
+        self.steps += 1
+        batch = self.scheduler.batch(self.reqs)
+        batch.seq_lens_cpu -= GROWTH - 1 - self.steps % GROWTH
+        rows = [req.req_pool_idx for req in self.reqs]
+        view = SimpleNamespace(
+            batch_size=len(rows),
+            forward_mode=batch.forward_mode,
+            spec_info=None,
+            num_padding=0,
+            req_pool_indices=torch.tensor(rows, device=self.runner.device),
+            seq_lens=batch.seq_lens_cpu.to(self.runner.device),
+            seq_lens_cpu=batch.seq_lens_cpu,
+        )
+        return batch, view
+
+    def step(self) -> Step:
+        """One decode step up to its layers, timed on the host."""
+        batch, view = self.batches()
+        begin = time.perf_counter_ns()
+        self.hook(None, None, batch, self.runner)
+        seen = time.perf_counter_ns()
+        self.backend.init_forward_metadata_out_graph(view)
+        end = time.perf_counter_ns()
+        return Step(
+            (seen - begin) / 1e3, (end - seen) / 1e3, (self.kernels.launched_ns - seen) / 1e3
+        )
+
+    def changed(self) -> Step:
+        """A step of a changed batch."""
+        self.replace_one()
+        return self.step()
+
+    def unchanged(self) -> Step:
+        """A step of the batch as it was. Lengths begin anew after GROWTH steps, with a new plan."""
+        if (self.steps + 1) % GROWTH == 0:
+            self.step()
+        return self.step()
+
+    def plan_us(self) -> float:
+        """Microseconds of the C++ planner, its Python call included, on the present batch."""
+        structure = self.backend._pat.feed.tracker._structure
+        lens = self.planner._planned_lens
+        words = self.planner._ring[0].numpy()
+        begin = time.perf_counter_ns()
+        self.planner.host.plan(structure.forest, structure.leaf_of_row, lens, words)
+        return (time.perf_counter_ns() - begin) / 1e3
+
+    def device_us(self, step: Callable[[], Step]) -> float:
+        """Device microseconds of a step's work before the layers."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        metadata = self.backend.init_forward_metadata_out_graph
+
+        def between_events(view: Any) -> None:
+            torch.cuda._sleep(SPIN_CYCLES)
+            begin.record()
+            metadata(view)
+            end.record()
+
+        self.backend.init_forward_metadata_out_graph = between_events
+        try:
+            step()
+        finally:
+            del self.backend.init_forward_metadata_out_graph
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1e3
+
+
+def measure(bed: Bed, steps: int) -> list[Measure]:
+    """All measures, in the order of the table."""
+    for _ in range(steps // 10):  # warm-up
+        bed.changed()
+        bed.unchanged()
+    changed = [bed.changed() for _ in range(steps)]
+    planner = [bed.plan_us() for _ in range(steps)]
+    unchanged = [bed.unchanged() for _ in range(steps)]
+    found = [
+        Measure("changed: structure", 100, [s.structure for s in changed]),
+        Measure("changed: planning", 150, [s.planning for s in changed]),
+        Measure("  of it the C++ planner", None, planner),
+        Measure("unchanged: structure", None, [s.structure for s in unchanged]),
+        Measure("unchanged: until launch", 15, [s.structure + s.until_launch for s in unchanged]),
+        Measure("unchanged: altogether", 30, [s.structure + s.planning for s in unchanged]),
+    ]
+    if torch.cuda.is_available():
+        for name, step in (("changed", bed.changed), ("unchanged", bed.unchanged)):
+            us = [bed.device_us(step) for _ in range(steps // 10)]
+            found.append(Measure(f"{name}: device", 10, us))
+    return found
+
+
+def profile(step: Callable[[], Step], steps: int) -> None:
+    """The functions a kind of step spends its time in."""
+    profiler = cProfile.Profile()
+    profiler.runcall(lambda: [step() for _ in range(steps)])
+    print(f"\n{step.__name__}, {steps} steps, making the batches included")
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(16)
+
+
+def cpu_name() -> str:
+    """The CPU's name as the kernel gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--levels", type=int, default=3, help="of sharing; the last is private")
+    parser.add_argument("--steps", type=int, default=2000, help="of each kind")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    options = parser.parse_args()
+    bed = Bed(options.rows, options.levels)
+    about = {"rows": options.rows, "levels": options.levels, "cpu": cpu_name()}
+    rows = [m.row() for m in measure(bed, options.steps)]
+    stats = bed.planner._plan.stats
+    print(
+        f"{options.rows} rows on {options.levels} levels, {about['cpu']}, {common.gpu_name()}: "
+        f"{stats.shared_segments} shared segments packed, {stats.tokens_saved} of "
+        f"{stats.unshared_tokens} KV tokens saved"
+    )
+    print(f"{'us a step':<28}{'median':>8}{'p99':>8}{'limit':>7}")
+    for row in rows:
+        limit = row["limit_us"]
+        verdict = "" if limit is None or row["median_us"] <= limit else "  over"
+        print(
+            f"{row['measure']:<28}{row['median_us']:8.1f}{row['p99_us']:8.1f}"
+            f"{'' if limit is None else limit:>7}{verdict}"
+        )
+    provenance = common.provenance()
+    lines = [{**about, **row, **provenance} for row in rows]
+    common.write_rows(f"bench_host-{common.gpu_slug()}.jsonl", lines, KEY)
+    if options.profile:
+        for step in (bed.changed, bed.unchanged):
+            profile(step, options.steps)
+
+
+if __name__ == "__main__":
+    main()
