@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
 from importlib.metadata import version
-from operator import attrgetter
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -79,11 +77,18 @@ def registered_backends() -> list[str]:
     return list(ATTENTION_BACKENDS)
 
 
-def request_row_getter(req: object) -> Callable[[Any], Any]:
-    """Getter of a request's row in req_to_token (moved into ``req.kv`` in 0.5.18 .. 0.5.23)."""
-    if hasattr(req, "req_pool_idx"):
-        return attrgetter("req_pool_idx")
-    return attrgetter("kv.req_pool_idx")
+def request_rows(reqs: list[Any]) -> list[Any]:
+    """Row of each request in req_to_token (moved into ``req.kv`` in 0.5.18 .. 0.5.23)."""
+    if reqs and hasattr(reqs[0], "req_pool_idx"):
+        return [req.req_pool_idx for req in reqs]
+    return [req.kv.req_pool_idx for req in reqs]
+
+
+def retraction_counts(reqs: list[Any]) -> list[int]:
+    """How often each request was retracted; zeros where requests do not say."""
+    if reqs and hasattr(reqs[0], "retraction_count"):
+        return [req.retraction_count for req in reqs]
+    return [0] * len(reqs)
 
 
 def kv_write_loc(forward_batch: Any) -> Any:

@@ -14,7 +14,8 @@ only refines boundaries inside ranges that are shared already.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,6 @@ class StructureTracker:
         self._retractions: list[int] = []
         self._members: set[Any] | None = None
         self._structure: BatchStructure | None = None
-        self._row_of: Callable[[Any], Any] | None = None
         self._reader: _TreeReader | None = None
 
     def observe(self, batch: Any) -> BatchStructure:
@@ -67,10 +67,7 @@ class StructureTracker:
             # new list: within one list object only the nodes can have changed.
             assert structure is not None
             return structure
-        if self._row_of is None and reqs:
-            self._row_of = compat.request_row_getter(reqs[0])
-        rows = [] if self._row_of is None else list(map(self._row_of, reqs))
-        retractions = [getattr(req, "retraction_count", 0) for req in reqs]
+        rows, retractions = compat.request_rows(reqs), compat.retraction_counts(reqs)
         self._list = reqs
         if same_nodes and rows == self._rows and retractions == self._retractions:
             assert structure is not None
@@ -133,6 +130,7 @@ class _TreeReader:
         core = getattr(self._tree, "tree_core", None)
         self._collect = getattr(core, "collect_path_info", None)  # 0.5.22+, both tree cores
         self._resolve = getattr(self._tree, "resolve_node_handle", None)
+        self._builder = ForestBuilder()
         self._walkable: dict[type, bool] = {type(None): False}
         self._warned = False
 
@@ -144,6 +142,23 @@ class _TreeReader:
             return None, None, "no prefix tree"
         if getattr(self._tree, "disable", False):
             return None, None, "radix cache is off"
+        try:
+            return (*self._builder.build(nodes, lens), None)
+        except AttributeError:  # some are no nodes: ids, opaque handles
+            nodes, unknown = self._walkable_nodes(nodes)
+        forest, leaf_of_row = self._builder.build(nodes, lens)
+        if unknown is not None and forest is None:
+            return None, None, unknown
+        return forest, leaf_of_row, None
+
+    def warn_once(self, message: str) -> None:
+        """One line a tree, however often it goes wrong."""
+        if not self._warned:
+            self._warned = True
+            logger.warning("pat-sglang: %s; decoding without sharing", message)
+
+    def _walkable_nodes(self, nodes: list[Any]) -> tuple[list[Any], str | None]:
+        """Nodes with ``parent`` and ``key``, None for those that cannot be walked, and why not."""
         unknown = None
         if any(type(node) is int for node in nodes):
             nodes = self._resolve_ids(nodes)
@@ -155,16 +170,7 @@ class _TreeReader:
                 nodes = [None if type(node) is kind else node for node in nodes]
                 if kind is not type(None):
                     unknown = f"nodes of type {kind.__name__} are opaque"
-        forest, leaf_of_row = shared_forest(nodes, lens)
-        if unknown is not None and forest is None:
-            return None, None, unknown
-        return forest, leaf_of_row, None
-
-    def warn_once(self, message: str) -> None:
-        """One line a tree, however often it goes wrong."""
-        if not self._warned:
-            self._warned = True
-            logger.warning("pat-sglang: %s; decoding without sharing", message)
+        return nodes, unknown
 
     def _resolve_ids(self, nodes: list[Any]) -> list[Any]:
         """Node objects for the integer ids of the unified trees."""
@@ -205,63 +211,129 @@ class _PathNode:
 def shared_forest(
     nodes: Sequence[Any], lens: npt.NDArray[Any]
 ) -> tuple[Forest | None, Int32Array | None]:
-    """The nodes that at least two rows pass through.
+    """Forest of a single batch, see ``ForestBuilder.build``."""
+    return ForestBuilder().build(nodes, lens)
+
+
+class ForestBuilder:
+    """Makes forests of successive batches; keeps what a change of the batch leaves as it was.
+
+    Rows come and go all the time, the nodes that several of them share far more rarely. What is
+    done for every row is therefore little, and all of it in comprehensions and C functions.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[dict[Any, Any], dict[Any, bool]] | None = None
+        self._shared = _SharedNodes({}, {})
+
+    def build(
+        self, nodes: Sequence[Any], lens: npt.NDArray[Any]
+    ) -> tuple[Forest | None, Int32Array | None]:
+        """The nodes that at least two rows pass through.
+
+        Args:
+            nodes: the last node of each row, with ``parent`` and ``key``; None: no path.
+            lens: [rows] sequence lengths; a row's path ends at the deepest node that leaves at
+                least the token being decoded outside.
+
+        Returns:
+            ``(None, None)`` when nothing is shared. Parents come before children in the forest.
+        """
+        distinct = set(nodes)
+        alone = len(distinct) == len(nodes) and None not in distinct
+        # Nearly always each row ends in a node of its own: walks from the nodes above are enough,
+        # unless such a node lies on another row's path.
+        entries = [node.parent for node in nodes] if alone else nodes
+        several, above = _walk_up(entries)
+        if alone and not distinct.isdisjoint(above):
+            entries = nodes
+            several, above = _walk_up(entries)
+
+        if (above, several) != self._seen or not self._shared.is_current():
+            self._shared = _SharedNodes(above, several)
+            self._seen = above, several
+        shared = self._shared
+        if shared.forest is None:  # rows meet at the root at most
+            return None, None
+        leaf_of_row = np.fromiter(map(shared.leaf.__getitem__, entries), np.int32, len(entries))
+        too_long = shared.depth[leaf_of_row] >= lens[: len(entries)]
+        for row in np.flatnonzero(too_long):
+            leaf_of_row[row] = shared.lifted(int(leaf_of_row[row]), int(lens[row]) - 1)
+        return shared.forest, leaf_of_row
+
+
+def _walk_up(entries: Sequence[Any]) -> tuple[dict[Any, bool], dict[Any, Any]]:
+    """Walks to the root from where each row's path begins, every node once.
+
+    Returns:
+        Whether several rows begin at an entry, by entry; and the parent of every node passed.
+    """
+    several = {entry: rows > 1 for entry, rows in Counter(entries).items()}
+    above: dict[Any, Any] = {}
+    for node in several:
+        while node is not None and node not in above:
+            parent = above[node] = node.parent
+            node = parent
+    return several, above
+
+
+class _SharedNodes:
+    """The nodes of ``above`` that at least two rows pass, as a forest.
 
     Nodes of one row only are left out before their length is asked for: at 256 rows that is the
     difference between 9 and 265 calls of a Python ``__len__``.
 
-    Args:
-        nodes: the last node of each row, with ``parent`` and ``key``; None: no path.
-        lens: [rows] sequence lengths; a row's path ends at the deepest node that leaves at least
-            the token being decoded outside.
-
-    Returns:
-        ``(None, None)`` when nothing is shared. Parents come before children in the forest.
+    Attributes:
+        forest: None when nothing is shared.
+        leaf: index of the deepest shared node at or above each entry, -1: none.
+        depth: int64 ``[nodes + 1]``, tokens from the root to each node's end; the last one, which
+            -1 picks, is 0.
     """
-    # None, above every root, counts as seen: each walk then ends at exactly one test per node.
-    seen: set[Any] = {None}
-    visit = seen.add
-    meets = []  # where each row runs into the path of an earlier one
-    for node in nodes:
-        while node not in seen:
-            visit(node)
-            node = node.parent
-        meets.append(node)
-    shared = [node for node in dict.fromkeys(meets) if node is not None and node.parent is not None]
-    if not shared:  # rows met at the root at most, and the root holds no tokens
-        return None, None
 
-    index: dict[Any, int] = {None: -1}
-    parents: list[int] = []
-    lengths: list[int] = []
-    depths: list[int] = []
-    for node in shared:
-        chain = []
-        while node not in index:
-            chain.append(node)
-            node = node.parent
-        if node is None:
-            index[chain.pop()] = -1  # the root
-        above = index[node]
-        for node in reversed(chain):
-            length = len(node.key)
-            index[node] = len(parents)
-            parents.append(above)
-            lengths.append(length)
-            depths.append(length + (depths[above] if above >= 0 else 0))
-            above = index[node]
+    def __init__(self, above: dict[Any, Any], several: dict[Any, bool]) -> None:
+        # Rows that begin at a node (two stand for all) and nodes walked to it from below.
+        arrivals = Counter(above.values())
+        arrivals.update({entry: 1 + more for entry, more in several.items()})
+        index: dict[Any, int] = {None: -1}
+        self._nodes: list[Any] = []
+        self._parents: list[int] = []
+        for node in [node for node, count in arrivals.items() if count > 1]:
+            path = []
+            while node not in index:
+                path.append(node)
+                node = above[node]
+            if node is None and path:
+                index[path.pop()] = -1  # the root, which holds no tokens
+            for at in reversed(path):
+                self._parents.append(index[above[at]])
+                index[at] = len(self._nodes)
+                self._nodes.append(at)
+        self._lengths = self._read_lengths()
+        depths: list[int] = []
+        for parent, length in zip(self._parents, self._lengths, strict=True):
+            depths.append(length + (depths[parent] if parent >= 0 else 0))
+        self.depth = np.array([*depths, 0])
 
-    leaves = []
-    for node in nodes:
-        while node not in index:
-            node = node.parent
-        leaves.append(index[node])
-    leaf_of_row = np.array(leaves, np.int32)
-    depth_of_row = np.array([*depths, 0], np.int64)[leaf_of_row]  # -1 picks the appended 0
-    limit = np.maximum(np.asarray(lens[: len(leaves)], np.int64) - 1, 0)
-    for row in np.nonzero(depth_of_row > limit)[0]:
-        at = leaves[row]
-        while at >= 0 and depths[at] > limit[row]:
-            at = parents[at]
-        leaf_of_row[row] = at
-    return Forest(np.array(parents, np.int32), np.array(lengths, np.int32)), leaf_of_row
+        self.leaf: dict[Any, int] = {}
+        for entry in several:
+            node = entry
+            while node not in index:
+                node = above[node]
+            self.leaf[entry] = index[node]
+        self.forest: Forest | None = None
+        if self._nodes:
+            parents = np.array(self._parents, np.int32)
+            self.forest = Forest(parents, np.array(self._lengths, np.int32))
+
+    def is_current(self) -> bool:
+        """Whether every node is as long as it was."""
+        return self._lengths == self._read_lengths()
+
+    def lifted(self, leaf: int, limit: int) -> int:
+        """The deepest node at or above ``leaf`` that ends within ``limit`` tokens, -1: none."""
+        while leaf >= 0 and self.depth[leaf] > max(limit, 0):
+            leaf = self._parents[leaf]
+        return leaf
+
+    def _read_lengths(self) -> list[int]:
+        return [len(node.key) for node in self._nodes]
