@@ -65,8 +65,7 @@ def decode_cpu(
             f"k_cache and v_cache must be [slots, {kv_shape[0]}, {kv_shape[1]}], got "
             f"{tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
         )
-    header = plan.host_words
-    rows, parts = int(header[H_ROWS]), int(header[H_PARTS])
+    rows, parts = plan.header[H_ROWS], plan.header[H_PARTS]
     if q.shape[0] < rows:
         raise ValueError(f"q has {q.shape[0]} rows, the plan {rows}")
 

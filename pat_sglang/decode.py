@@ -8,6 +8,7 @@ import logging
 import torch
 
 from .cpu import decode_cpu
+from .layout import H_ROWS
 from .metrics import METRICS
 from .plan import DecodePlan
 
@@ -49,8 +50,8 @@ def pat_decode(
             f"k_cache {tuple(k_cache.shape)} does not have the {planner.num_kv_heads} KV heads of "
             "the plan"
         )
-    if plan.stats is not None and q.shape[0] < plan.stats.rows:
-        raise ValueError(f"q has {q.shape[0]} rows, the plan {plan.stats.rows}")
+    if q.shape[0] < plan.header[H_ROWS]:
+        raise ValueError(f"q has {q.shape[0]} rows, the plan {plan.header[H_ROWS]}")
     if not sm_scale > 0:  # the running maximum is taken before scaling
         raise ValueError(f"sm_scale {sm_scale} must be positive")
     if out is None:

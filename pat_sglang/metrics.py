@@ -12,6 +12,7 @@ from collections import defaultdict
 COUNTERS = {
     "hook_fired": "forwards seen by the structure hook",
     "plans_made": "decode steps that made a new plan",
+    "plans_unshared": "new plans of known sharing that share nothing: no gain, or forced off",
     "plans_kept": "decode steps that kept the plan (one launch, no upload)",
     "slots_compared": "plans that had to find sharing by comparing slots, since nobody told of it",
     "dummy_plans": "warm-up, capture and idle steps, planned without sharing",

@@ -70,13 +70,20 @@ class PlanStats:
         return self.planned_tokens * self.token_bytes
 
 
-def explain(stats: PlanStats, words: Int32Array) -> str:
-    """The packed forest and the work items of a plan, as text."""
+def explain(words: Int32Array, unshared_tokens: int) -> str:
+    """The packed forest and the work items of a plan, as text.
+
+    Args:
+        words: of the plan, see layout.py.
+        unshared_tokens: sum of the planned lengths.
+    """
     tables = PlanTables.parse(words)
-    saved = 1 - stats.planned_tokens / max(stats.unshared_tokens, 1)
+    header = tables.header
+    planned, chains = int(header[layout.H_PLANNED_TOKENS]), int(header[layout.H_CHAINS])
+    saved = 1 - planned / max(unshared_tokens, 1)
     lines = [
-        f"{stats.rows} rows: {stats.unshared_tokens} KV tokens without sharing, "
-        f"{stats.unique_tokens} unique, {stats.planned_tokens} read ({saved:.1%} saved)",
+        f"{header[layout.H_ROWS]} rows: {unshared_tokens} KV tokens without sharing, "
+        f"{_unique_tokens(tables, unshared_tokens)} unique, {planned} read ({saved:.1%} saved)",
         f"{len(tables.runs)} shared segments (position, length, parent):",
     ]
     lines += [
@@ -84,15 +91,25 @@ def explain(stats: PlanStats, words: Int32Array) -> str:
         for i, (_, length, parent, begin) in enumerate(tables.runs.tolist())
     ]
     lines.append(
-        f"work items per KV head: {stats.items}, {stats.partial_slots} partials of "
+        f"work items per KV head: {_items_by_tile(tables)}, {header[layout.H_PARTS]} partials of "
         f"{np.count_nonzero(np.diff(tables.part_ptr))} rows"
     )
-    if stats.chains:
+    if chains:
         lines.append(
-            f"chains: {stats.chains} of the items, {len(tables.steps)} private steps in "
+            f"chains: {chains} of the items, {len(tables.steps)} private steps in "
             f"{len(tables.fragments)} fragments of {FRAGMENT_ROWS} query rows"
         )
     return "\n".join(lines)
+
+
+def _unique_tokens(tables: PlanTables, unshared_tokens: int) -> int:
+    private = unshared_tokens - int(tables.tails[:, 1].sum())
+    return int(tables.runs[:, 1].sum()) + private
+
+
+def _items_by_tile(tables: PlanTables) -> dict[str, int]:
+    counts = tables.header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + len(TILES)].tolist()
+    return {f"{tile.rows}x{tile.tokens}": n for tile, n in zip(TILES, counts, strict=True) if n}
 
 
 class DecodePlan:
@@ -107,7 +124,9 @@ class DecodePlan:
         live_lens: int32 device tensor ``[max_rows]``, true lengths as of the last plan/advance.
         partial_out: float32 ``[parts, q_heads, d]`` (CUDA only).
         partial_lse: float32 ``[parts, q_heads]``, base 2 (CUDA only).
-        stats: PlanStats of the current contents.
+        host_words: the words of the current plan on the host, a view of the upload buffer.
+        header: their header as a list, for those who ask every step.
+        unshared_tokens: sum of the planned lengths.
     """
 
     def __init__(self, planner: DecodePlanner, capacity: Capacity) -> None:
@@ -127,8 +146,12 @@ class DecodePlan:
         parts = max(capacity.parts, 1) if on_device else 0
         self.partial_out = empty(parts, planner.num_q_heads, planner.head_dim, dtype=torch.float32)
         self.partial_lse = empty(parts, planner.num_q_heads, dtype=torch.float32)
-        self.stats: PlanStats | None = None
-        self.host_words = np.zeros(0, np.int32)  # the words of the current plan, on the host
+        self.host_words = np.zeros(0, np.int32)
+        self.header = [0] * layout.HEADER_WORDS
+        self.unshared_tokens = 0
+        self.slots_compared = False
+        self.plan_us = 0.0
+        self._stats: PlanStats | None = None  # of the current plan, once somebody has asked
         self.version = 0  # plans and advances so far; the CPU path keys its caches by it
 
     @property
@@ -145,9 +168,25 @@ class DecodePlan:
         """Host view of the current plan."""
         return PlanTables.parse(self.host_words)
 
+    @property
+    def stats(self) -> PlanStats | None:
+        """What the current plan does; None: there is none yet."""
+        if self._stats is None and self.host_words.size:
+            self._stats = self._make_stats()
+        return self._stats
+
     def explain(self) -> str:
         """The packed forest and the work items, as text."""
-        return "no plan yet" if self.stats is None else explain(self.stats, self.host_words)
+        if not self.host_words.size:
+            return "no plan yet"
+        return explain(self.host_words, self.unshared_tokens)
+
+    def renew(self, words: Int32Array, unshared_tokens: int, slots_compared: bool) -> None:
+        """Takes over the host side of a new plan."""
+        self.host_words = words
+        self.header = words[: layout.HEADER_WORDS].tolist()
+        self.unshared_tokens, self.slots_compared = unshared_tokens, slots_compared
+        self._stats = None
 
     def validate(
         self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
@@ -178,6 +217,26 @@ class DecodePlan:
                 assert np.array_equal(got, wanted), (
                     f"row {row} head {head}: reads {got.size} slots, owns {wanted.size}"
                 )
+
+    def _make_stats(self) -> PlanStats:
+        tables, header, planner = self.tables, self.header, self.planner
+        return PlanStats(
+            rows=header[layout.H_ROWS],
+            unique_tokens=_unique_tokens(tables, self.unshared_tokens),
+            unshared_tokens=self.unshared_tokens,
+            planned_tokens=header[layout.H_PLANNED_TOKENS],
+            token_bytes=2 * planner.num_kv_heads * planner.head_dim * planner.dtype.itemsize,
+            items=_items_by_tile(tables),
+            shared_segments=header[layout.H_SHARED_PACKS],
+            chains=header[layout.H_CHAINS],
+            partial_slots=header[layout.H_PARTS],
+            splits=header[layout.H_SPLITS],
+            coarsened=header[layout.H_COARSENED],
+            sharing=bool(header[layout.H_SHARING]),
+            slots_compared=self.slots_compared,
+            predicted_us=header[layout.H_PREDICTED_NS] / 1e3,
+            plan_us=self.plan_us,
+        )
 
 
 class DecodePlanner:
@@ -246,6 +305,7 @@ class DecodePlanner:
         self._ring = [
             torch.zeros(capacity.words, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)
         ]
+        self._ring_words = [buffer.numpy() for buffer in self._ring]  # the same memory
         self._events = [torch.cuda.Event() for _ in self._ring] if pinned else []
         self._turn = 0
         self._warned = False
@@ -315,12 +375,12 @@ class DecodePlanner:
         leaves = np.ascontiguousarray(leaf_of_row, dtype=np.int32)
 
         turn = (self._turn + 1) % len(self._ring)
-        staging = self._ring[turn]
+        staging, words = self._ring[turn], self._ring_words[turn]
         if self._events:
             self._events[turn].synchronize()  # returns at once unless RING plans are ahead
         slots_compared = False
         try:
-            count = self.host.plan(forest, leaves, lens, staging.numpy())
+            count = self.host.plan(forest, leaves, lens, words)
         except CapacityError as error:
             # The rows hold more tokens than the pool has slots, so they share some that the caller
             # knows nothing of. Rare and slow (it waits for the device), but served.
@@ -331,9 +391,9 @@ class DecodePlanner:
             indices = req_pool_indices[:rows].long()
             table = req_to_token[indices, : int(lens.max(initial=0))].cpu().numpy()
             forest, leaves = Forest.from_slots(table, lens)
-            count = self.host.plan(forest, leaves, lens, staging.numpy())
+            count = self.host.plan(forest, leaves, lens, words)
         plan = self._plan
-        plan.host_words = staging.numpy()[:count]
+        plan.renew(words[:count], int(lens.sum()), slots_compared)
         plan.words[:count].copy_(staging[:count], non_blocking=True)
         if self._events:
             self._events[turn].record(torch.cuda.current_stream(self.device))
@@ -342,7 +402,7 @@ class DecodePlanner:
         self._planned_lens = lens
         self._steps = 0
         self._fill(fresh=True)
-        plan.stats = self._stats(plan, lens, slots_compared, time.perf_counter() - started)
+        plan.plan_us = (time.perf_counter() - started) * 1e6
         return plan
 
     def advance(
@@ -362,32 +422,32 @@ class DecodePlanner:
                 there, read again.
 
         Returns:
-            False when the horizon is passed: nothing was launched, plan anew. Should a row outgrow
-            the horizon unseen by the host, its output is NaN, never a plausible wrong value.
+            False when the horizon is passed: plan anew. Should a row outgrow the horizon unseen by
+            the host, its output is NaN, never a plausible wrong value.
         """
         if plan is not self._plan or self._tensors is None:
             raise ValueError("advance() takes the plan that plan() of this planner returned")
+        lens = None if host_lens is None else np.asarray(host_lens, dtype=np.int32)
+        if lens is not None and lens.shape != self._planned_lens.shape:
+            raise ValueError(
+                f"advance() got {lens.size} rows, the plan has {self._planned_lens.size}"
+            )
+        kept = self._tensors
+        self._tensors = (
+            kept[0] if seq_lens is None else seq_lens,
+            kept[1] if req_to_token is None else req_to_token,
+            kept[2] if req_pool_indices is None else req_pool_indices,
+        )
+        # Launched before the horizon is looked at: a fill too many does no harm, the next plan
+        # fills everything again.
+        self._fill(fresh=False)
         self._steps += 1
         grown = self._steps
-        if host_lens is not None:
-            lens = np.asarray(host_lens, dtype=np.int32)
-            if lens.shape != self._planned_lens.shape:
-                raise ValueError(
-                    f"advance() got {lens.size} rows, the plan has {self._planned_lens.size}"
-                )
-            delta = lens - self._planned_lens
-            if lens.size and delta.min() < 0:
-                return False  # a row shrank: not the rows of this plan
-            grown = int(delta.max()) if lens.size else 0
-        if grown > int(plan.host_words[layout.H_HORIZON]) - LAG:
-            return False
-        given = (seq_lens, req_to_token, req_pool_indices)
-        kept = self._tensors
-        self._tensors = tuple(  # type: ignore[assignment]
-            old if new is None else new for old, new in zip(kept, given, strict=True)
-        )
-        self._fill(fresh=False)
-        return True
+        if lens is not None:
+            # A row that shrank makes these not the rows of this plan: as an unsigned number it has
+            # grown beyond any horizon.
+            grown = int((lens - self._planned_lens).view(np.uint32).max(initial=0))
+        return grown <= plan.header[layout.H_HORIZON] - LAG
 
     def _fill(self, *, fresh: bool) -> None:
         """Slot snapshot up to the true lengths; after a new plan from the start of every run."""
@@ -405,7 +465,7 @@ class DecodePlanner:
                 req_pool_indices,
                 seq_lens,
                 len(self._planned_lens),
-                int(plan.host_words[layout.H_RUNS]) if fresh else -1,
+                plan.header[layout.H_RUNS] if fresh else -1,
             )
             return
         tables = plan.tables
@@ -427,33 +487,3 @@ class DecodePlanner:
                 line = req_to_token[req_pool_indices[row]]
                 plan.slots[slot + have - begin : slot + end - begin] = line[have:end]
                 plan.filled[row] = end
-
-    def _stats(
-        self, plan: DecodePlan, lens: Int32Array, slots_compared: bool, seconds: float
-    ) -> PlanStats:
-        tables = plan.tables
-        header = tables.header
-        counts = header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + len(TILES)].tolist()
-        total = int(lens.sum())
-        shared = int(tables.runs[:, 1].sum())
-        private = total - int(tables.tails[:, 1].sum())
-        element = torch.empty((), dtype=self.dtype).element_size()
-        return PlanStats(
-            rows=lens.size,
-            unique_tokens=shared + private,
-            unshared_tokens=total,
-            planned_tokens=int(header[layout.H_PLANNED_TOKENS]),
-            token_bytes=2 * self.num_kv_heads * self.head_dim * element,
-            items={
-                f"{tile.rows}x{tile.tokens}": n for tile, n in zip(TILES, counts, strict=True) if n
-            },
-            shared_segments=int(header[layout.H_SHARED_PACKS]),
-            chains=int(header[layout.H_CHAINS]),
-            partial_slots=int(header[layout.H_PARTS]),
-            splits=int(header[layout.H_SPLITS]),
-            coarsened=int(header[layout.H_COARSENED]),
-            sharing=bool(header[layout.H_SHARING]),
-            slots_compared=slots_compared,
-            predicted_us=int(header[layout.H_PREDICTED_NS]) / 1e3,
-            plan_us=seconds * 1e6,
-        )

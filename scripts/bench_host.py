@@ -13,9 +13,9 @@ the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a PAT
 - unchanged: the same list, every request one token longer; its first part ends where the fill
   kernel is launched
 
-Launching the kernel is part of the host's time on a GPU; on a CPU there is nothing to launch. Device
-time is that of the upload and the fill kernel, queued behind a long kernel so that no gap of the
-host's counts.
+Launching the kernel is part of the host's time on a GPU; on a CPU there is nothing to launch.
+Device time is that of the upload and the fill kernel, queued behind a long kernel so that no gap
+of the host's counts.
 
 Writes results/bench_host-<gpu>.jsonl, a line a measure.
 """
@@ -39,7 +39,7 @@ import torch
 
 sys.path.insert(0, str(common.ROOT / "tests" / "sglang"))
 
-from scheduling import MiniScheduler  # noqa: E402 - found on that path
+from scheduling import MiniScheduler
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 FAN_OUT = 8
@@ -134,7 +134,8 @@ class Bed:
         layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=0)
         self.runner = SimpleNamespace(
             server_args=SimpleNamespace(
-                _pat={"asked_by": "bench_host"}, get_attention_backends=lambda: ("torch_native",) * 2
+                _pat={"asked_by": "bench_host"},
+                get_attention_backends=lambda: ("torch_native",) * 2,
             ),
             is_draft_worker=False,
             use_mla_backend=False,

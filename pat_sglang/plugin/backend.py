@@ -17,7 +17,7 @@ Which one is a static property of the layer (eligibility.py), so it may be captu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from pat_sglang._types import Int32Array
 from pat_sglang.decode import pat_decode
 from pat_sglang.forest import Forest
+from pat_sglang.layout import H_PLANNED_TOKENS, H_SHARED_PACKS, H_SHARING
 from pat_sglang.metrics import METRICS
 
 from . import compat, eligibility
@@ -33,10 +34,18 @@ from .feed import StructureFeed
 from .structure import BatchStructure
 
 if TYPE_CHECKING:
-    from pat_sglang import DecodePlan, PlanStats
+    from pat_sglang import DecodePlan
 
 # The forest of a batch that shares nothing: one node of no tokens, below no row.
 _NO_NODES = Forest(np.array([-1], np.int32), np.array([0], np.int32))
+
+
+class BestPlan(NamedTuple):
+    """The plan that saved the most KV tokens so far, to explain."""
+
+    tokens_saved: int
+    unshared_tokens: int
+    words: Int32Array
 
 
 @dataclass
@@ -58,7 +67,7 @@ class PatState:
     captured: bool = False  # some decode layer was captured or warmed up for capture
     capturing: bool = False
     in_base: bool = False  # the base is preparing its metadata; its own nested calls are not ours
-    best: tuple[PlanStats, Int32Array] | None = None  # the plan that saved the most, to explain
+    best: BestPlan | None = None
     base_pending: Any = None  # eager batch whose base metadata has not been prepared
 
 
@@ -109,9 +118,8 @@ class PatMixin(AttentionBackend):
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> Any:
         """Outside the graph, before capture and before every replay."""
         state = self._pat
-        base = super().init_forward_metadata_out_graph
         if state.in_base or not self._pat_serves(forward_batch):
-            return base(forward_batch, in_capture=in_capture)
+            return super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
         state.capturing, state.base_pending = in_capture, None
         padding = 0 if in_capture else getattr(forward_batch, "num_padding", 0) or 0
         rows = forward_batch.batch_size - padding
@@ -123,7 +131,7 @@ class PatMixin(AttentionBackend):
         if in_capture or state.base_needed or not state.captured:
             state.in_base = True
             try:
-                return base(forward_batch, in_capture=in_capture)
+                return super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
             finally:
                 state.in_base = False
         return None
@@ -259,7 +267,7 @@ class PatMixin(AttentionBackend):
         """[rows] sequence lengths on the host; only a step nobody knows synchronises for them."""
         lens = getattr(forward_batch, "seq_lens_cpu", None)
         if lens is not None:
-            return lens[:rows].numpy().astype(np.int32)
+            return lens.numpy()[:rows].astype(np.int32)
         if structure is not None:
             return np.array([req.seqlen for req in structure.reqs], np.int32)
         # Guessed lengths would put true ones beyond the horizon.
@@ -275,13 +283,17 @@ class PatMixin(AttentionBackend):
         elif structure.no_sharing is not None:
             METRICS.count_reason("no_sharing", structure.no_sharing)
         plan = next(iter(self._pat.plans.values()))
-        stats = plan.stats
-        assert stats is not None
-        if not kept and (
-            self._pat.best is None or stats.tokens_saved > self._pat.best[0].tokens_saved
-        ):
-            self._pat.best = stats, plan.host_words.copy()
-        METRICS.count("slots_compared", int(stats.slots_compared and not kept))
-        METRICS.count("shared_segments", stats.shared_segments)
-        METRICS.count("planned_kv_tokens", stats.planned_tokens)
-        METRICS.count("unshared_kv_tokens", stats.unshared_tokens)
+        METRICS.count("shared_segments", plan.header[H_SHARED_PACKS])
+        METRICS.count("planned_kv_tokens", plan.header[H_PLANNED_TOKENS])
+        METRICS.count("unshared_kv_tokens", plan.unshared_tokens)
+        if not kept:
+            self._pat_count_new(structure, plan)
+
+    def _pat_count_new(self, structure: BatchStructure | None, plan: DecodePlan) -> None:
+        METRICS.count("slots_compared", int(plan.slots_compared))
+        known = structure is not None and structure.forest is not None
+        METRICS.count("plans_unshared", int(known and not plan.header[H_SHARING]))
+        best = self._pat.best
+        saved = plan.unshared_tokens - plan.header[H_PLANNED_TOKENS]
+        if best is None or saved > best.tokens_saved:
+            self._pat.best = BestPlan(saved, plan.unshared_tokens, plan.host_words.copy())

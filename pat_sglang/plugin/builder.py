@@ -133,8 +133,9 @@ def decline(name: str, reason: str, backend: Any) -> Any:
 def on_internal_state(result: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER hook on Scheduler.get_internal_state: the `pat` block of /get_server_info."""
     block = {"version": pat_sglang.__version__, **METRICS.as_dict()}
-    if _live and _live[-1].best is not None:
-        block["best_plan"] = explain(*_live[-1].best)
+    best = _live[-1].best if _live else None
+    if best is not None:
+        block["best_plan"] = explain(best.words, best.unshared_tokens)
     result.internal_state["pat"] = block
 
 
