@@ -26,20 +26,23 @@ import argparse
 import cProfile
 import platform
 import pstats
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import gpu_common as common
+import numpy as np
 import torch
 
 sys.path.insert(0, str(common.ROOT / "tests" / "sglang"))
 
-from scheduling import MiniScheduler
+from scheduling import MiniScheduler, model_runner
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 FAN_OUT = 8
@@ -50,22 +53,16 @@ SPIN_CYCLES = 4_000_000  # of the kernel that device work is queued behind
 KEY = ("rows", "levels", "measure")
 
 
-class Measure(NamedTuple):
-    """Microseconds of many steps, and what issue 4 allows."""
-
-    name: str
-    limit_us: float | None
-    us: list[float]
-
-    def row(self) -> common.Row:
-        ordered = sorted(self.us)
-        return {
-            "measure": self.name,
-            "median_us": round(statistics.median(ordered), 2),
-            "p99_us": round(ordered[len(ordered) * 99 // 100], 2),
-            "limit_us": self.limit_us,
-            "steps": len(ordered),
-        }
+def row_of(measure: str, limit_us: int | None, us: list[float]) -> common.Row:
+    """A line of the result file; the limits are those of issue 4."""
+    median, p99 = statistics.median(us), sorted(us)[len(us) * 99 // 100]
+    return {
+        "measure": measure,
+        "median_us": round(median, 2),
+        "p99_us": round(p99, 2),
+        "limit_us": limit_us,
+        "steps": len(us),
+    }
 
 
 class Step(NamedTuple):
@@ -91,20 +88,20 @@ class Kernels:
 
 def prompts(rows: int, levels: int) -> list[list[int]]:
     """Token ids of every request; no two nodes of the tree have a token in common."""
-    fresh = iter(range(1 << 30))
+    fresh = count()
     made: dict[tuple[int, int], list[int]] = {}
-
-    def node(level: int, index: int, length: int) -> list[int]:
-        return made.setdefault((level, index), [next(fresh) for _ in range(length)])
 
     shortest, longest = PRIVATE_TOKENS
     found = []
     for row in range(rows):
-        tokens = list(node(0, 0, ROOT_TOKENS))
-        for level in range(1, levels - 1):
-            tokens += node(level, row % FAN_OUT**level, GROUP_TOKENS)
+        tokens: list[int] = []
+        for level in range(levels - 1):
+            node = (level, row % FAN_OUT**level)
+            if node not in made:
+                made[node] = list(islice(fresh, GROUP_TOKENS if level else ROOT_TOKENS))
+            tokens += made[node]
         private = shortest + row * 37 % (longest - shortest)
-        found.append(tokens + [next(fresh) for _ in range(private)])
+        found.append([*tokens, *islice(fresh, private)])
     return found
 
 
@@ -132,28 +129,16 @@ class Bed:
         self.reqs, self.spares = served[:rows], served[rows:]
 
         layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=0)
-        self.runner = SimpleNamespace(
-            server_args=SimpleNamespace(
-                _pat={"asked_by": "bench_host"},
-                get_attention_backends=lambda: ("torch_native",) * 2,
-            ),
-            is_draft_worker=False,
-            use_mla_backend=False,
-            device=device,
-            model_config=SimpleNamespace(is_encoder_decoder=False),
-            model=torch.nn.ModuleList([layer]),
-            req_to_token_pool=self.scheduler.pool,
-            token_to_kv_pool=MHATokenToKVPool(
-                slots, 1, torch.bfloat16, KV_HEADS, HEAD_DIM, 1, device, enable_memory_saver=False
-            ),
-            token_to_kv_pool_allocator=self.scheduler.allocator,
+        pool = MHATokenToKVPool(
+            slots, 1, torch.bfloat16, KV_HEADS, HEAD_DIM, 1, device, enable_memory_saver=False
         )
+        self.runner = model_runner(self.scheduler, [layer], pool)
         self.backend = builder.wrap("torch_native", TorchNativeAttnBackend)(self.runner)
         self.backend._pat.captured = True  # and no layer needed the base
         (self.planner,) = self.backend._pat.planners.values()
         self.planner.module = self.kernels = Kernels(self.planner.module)
-        self.hook = on_init_new
-        self.steps = 0
+        self.words = np.empty_like(self.planner._ring_words[0])
+        self.hook, self.levels, self.steps = on_init_new, levels, 0
 
     def replace_one(self) -> None:
         """filter_batch, then merge_batch."""
@@ -205,8 +190,7 @@ class Bed:
     def plan_us(self) -> float:
         """Microseconds of the C++ planner, its Python call included, on the present batch."""
         structure = self.backend._pat.feed.tracker._structure
-        lens = self.planner._planned_lens
-        words = self.planner._ring[0].numpy()
+        lens, words = self.planner._planned_lens, self.words
         begin = time.perf_counter_ns()
         self.planner.host.plan(structure.forest, structure.leaf_of_row, lens, words)
         return (time.perf_counter_ns() - begin) / 1e3
@@ -231,7 +215,7 @@ class Bed:
         return begin.elapsed_time(end) * 1e3
 
 
-def measure(bed: Bed, steps: int) -> list[Measure]:
+def measure(bed: Bed, steps: int) -> list[common.Row]:
     """All measures, in the order of the table."""
     for _ in range(steps // 10):  # warm-up
         bed.changed()
@@ -239,19 +223,19 @@ def measure(bed: Bed, steps: int) -> list[Measure]:
     changed = [bed.changed() for _ in range(steps)]
     planner = [bed.plan_us() for _ in range(steps)]
     unchanged = [bed.unchanged() for _ in range(steps)]
-    found = [
-        Measure("changed: structure", 100, [s.structure for s in changed]),
-        Measure("changed: planning", 150, [s.planning for s in changed]),
-        Measure("  of it the C++ planner", None, planner),
-        Measure("unchanged: structure", None, [s.structure for s in unchanged]),
-        Measure("unchanged: until launch", 15, [s.structure + s.until_launch for s in unchanged]),
-        Measure("unchanged: altogether", 30, [s.structure + s.planning for s in unchanged]),
+    rows = [
+        row_of("changed: structure", 100, [s.structure for s in changed]),
+        row_of("changed: planning", 150, [s.planning for s in changed]),
+        row_of("  of it the C++ planner", None, planner),
+        row_of("unchanged: structure", None, [s.structure for s in unchanged]),
+        row_of("unchanged: until launch", 15, [s.structure + s.until_launch for s in unchanged]),
+        row_of("unchanged: altogether", 30, [s.structure + s.planning for s in unchanged]),
     ]
     if torch.cuda.is_available():
         for name, step in (("changed", bed.changed), ("unchanged", bed.unchanged)):
             us = [bed.device_us(step) for _ in range(steps // 10)]
-            found.append(Measure(f"{name}: device", 10, us))
-    return found
+            rows.append(row_of(f"{name}: device", 10, us))
+    return rows
 
 
 def profile(step: Callable[[], Step], steps: int) -> None:
@@ -264,10 +248,8 @@ def profile(step: Callable[[], Step], steps: int) -> None:
 
 def cpu_name() -> str:
     """The CPU's name as the kernel gives it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
 
 
 def main() -> None:
@@ -281,7 +263,7 @@ def main() -> None:
     options = parser.parse_args()
     bed = Bed(options.rows, options.levels)
     about = {"rows": options.rows, "levels": options.levels, "cpu": cpu_name()}
-    rows = [m.row() for m in measure(bed, options.steps)]
+    rows = measure(bed, options.steps)
     stats = bed.planner._plan.stats
     print(
         f"{options.rows} rows on {options.levels} levels, {about['cpu']}, {common.gpu_name()}: "

@@ -19,6 +19,7 @@
 #               ".gpu-bundle/zstandard-0.25.0-cp312-cp312-manylinux2014_x86_64.manylinux_2_17_x86_64.whl"]
 #                                                   bash scripts/gpu_session.sh unpack
 #        carry [".carry"]                           bash scripts/gpu_session.sh bench --budget-s 300
+#      likewise host (what a step costs outside the layers)
 #   3. the model: model.00 and model.01 as parts (with `part`), then
 #        carry [".carry"]                           bash scripts/gpu_session.sh unpack
 #        carry [".carry"]                           bash scripts/gpu_session.sh serving
@@ -148,7 +149,8 @@ bench() {
   python3 scripts/bench_decode.py "$@" 2>&1 | tee "$log"
 }
 
-# Scripts that need nothing but PAT: the streams that are the floor, and plans other than the chosen.
+# Scripts with no peer and no server: the streams that are the floor, plans other than the chosen, and
+# the host's time of a step (which needs SGLang's prefix tree).
 alone() {
   environment "$1"
   python3 "scripts/bench_$1.py" "${@:2}" 2>&1 | tee "$log"
@@ -169,11 +171,11 @@ load() {
   return $status
 }
 
-command=${1:?local, part, unpack, kernels, sanitize, floor, regret, ablation, bench, serving or load}
+command=${1:?local, part, unpack, kernels, sanitize, floor, regret, ablation, host, bench, serving or load}
 shift
 case $command in
   local) local_ ;;
-  floor | regret | ablation) alone "$command" "$@" ;;
+  floor | regret | ablation | host) alone "$command" "$@" ;;
   part | unpack | kernels | sanitize | bench | serving | load) "$command" "$@" ;;
   *) echo "unknown subcommand $command" >&2; exit 2 ;;
 esac

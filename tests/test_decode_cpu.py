@@ -192,6 +192,29 @@ def test_host_lengths_counted_up_in_place_still_end_the_horizon():
     assert not planner.advance(plan, host_lens=lens)
 
 
+def test_a_fill_of_other_rows_does_no_harm_to_the_next_plan():
+    """advance() launches before it sees that these are not the rows of the plan."""
+    geometry, forest = (4, 4, 16), Forest(np.array([-1]), np.array([40]))
+    planner = planner_for(geometry, sharing="on")
+    plan = check(planner, case_for(geometry, forest, np.zeros(3), np.array([90, 60, 70])))
+    case = case_for(geometry, forest, np.zeros(3), np.array([50, 95, 400]))
+    given = (case.seq_lens, case.req_to_token, case.req_pool_indices)
+    assert not planner.advance(plan, case.seq_lens.numpy(), *given)
+    check(planner, case)
+
+
+def test_statistics_are_of_the_plan_they_were_asked_of():
+    geometry = (4, 4, 16)
+    planner = planner_for(geometry)
+    assert planner._plan.stats is None and planner._plan.explain() == "no plan yet"
+    first = check(planner, case_for(geometry, Forest.empty(), np.full(2, -1), np.array([5, 9])))
+    stats = first.stats
+    assert stats is first.stats and stats.unshared_tokens == stats.unique_tokens == 14
+    second = check(planner, case_for(geometry, Forest.empty(), np.full(3, -1), np.full(3, 20)))
+    assert (stats.rows, second.stats.rows, second.stats.unshared_tokens) == (2, 3, 60)
+    assert stats.plan_us > 0
+
+
 def test_tails_that_start_empty():
     forest = Forest(np.array([-1, 0]), np.array([330, 200]))
     case = case_for(

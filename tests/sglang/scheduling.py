@@ -131,6 +131,23 @@ class MiniScheduler:
         return self.pool.req_to_token[req.req_pool_idx, : self.lens[req]].numpy()
 
 
+def model_runner(scheduler: MiniScheduler, layers: Sequence[Any], pool: Any) -> Any:
+    """As much of a ModelRunner as the backend builder asks for, of a server that wants PAT."""
+    return SimpleNamespace(
+        server_args=SimpleNamespace(
+            _pat={"asked_by": "test"}, get_attention_backends=lambda: ("torch_native",) * 2
+        ),
+        is_draft_worker=False,
+        use_mla_backend=False,
+        device=scheduler.pool.device,
+        model_config=SimpleNamespace(is_encoder_decoder=False),
+        model=torch.nn.ModuleList(layers),
+        req_to_token_pool=scheduler.pool,
+        token_to_kv_pool=pool,
+        token_to_kv_pool_allocator=scheduler.allocator,
+    )
+
+
 def row_depths(structure: Any) -> list[list[int]]:
     """Tokens each pair of rows shares, as the structure says."""
     rows = len(structure.reqs)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scheduling import POOL, MiniScheduler
+from scheduling import POOL, MiniScheduler, model_runner
 
 from pat_sglang import reference
 from pat_sglang.metrics import METRICS
@@ -41,19 +41,7 @@ class Fixture:
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer.fill_(torch.nan)  # a slot nobody wrote must never be read
             buffer[0] = 0
-        self.runner = SimpleNamespace(
-            server_args=SimpleNamespace(
-                _pat={"asked_by": "test"}, get_attention_backends=lambda: ("torch_native",) * 2
-            ),
-            is_draft_worker=False,
-            use_mla_backend=False,
-            device="cpu",
-            model_config=SimpleNamespace(is_encoder_decoder=False),
-            model=torch.nn.ModuleList(self.layers),
-            req_to_token_pool=self.scheduler.pool,
-            token_to_kv_pool=self.pool,
-            token_to_kv_pool_allocator=self.scheduler.allocator,
-        )
+        self.runner = model_runner(self.scheduler, self.layers, self.pool)
         self.base = make_base(self.runner)
         self.backend = builder.wrap("torch_native", make_base)(self.runner)
 
@@ -180,6 +168,37 @@ def test_steps_share_and_are_kept(fixture):
     shared, planned, unshared = counts("shared_segments", "planned_kv_tokens", "unshared_kv_tokens")
     assert shared >= 5 and planned < unshared
     assert counts("no_sharing", "layers_on_base", "steps_on_base") == ({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("force", "rows", "unshared"),
+    [("auto", 4, 1), ("auto", 8, 0), ("off", 8, 1), ("on", 4, 0)],
+)
+def test_plans_that_share_nothing_are_counted(monkeypatch, force, rows, unshared):
+    """Packing a prompt pays for 8 rows and not for 4: the planner's word, plan by plan."""
+    monkeypatch.setenv("PAT_SGLANG_FORCE", force)
+    fixture = Fixture()
+    reqs = [fixture.serve([*range(1000, 1400), i]) for i in range(rows)]
+    for _ in range(3):
+        fixture.decode(fixture.scheduler.decode(reqs))
+    assert counts("plans_made", "plans_kept", "plans_unshared") == (1, 2, unshared)
+    assert (METRICS.get("shared_segments") == 0) == bool(unshared)
+    fixture.decode(fixture.scheduler.decode([reqs[0]]))  # nothing to share is no such plan
+    assert counts("plans_made", "plans_unshared") == (2, unshared)
+
+
+def test_what_is_counted_is_what_the_statistics_say(fixture):
+    reqs = [fixture.serve([*SYSTEM, i]) for i in range(4)]
+    for _ in range(2):
+        fixture.decode(fixture.scheduler.decode(reqs))
+    (plan,) = fixture.backend._pat.plans.values()
+    stats = plan.stats
+    assert counts("shared_segments", "planned_kv_tokens", "unshared_kv_tokens") == (
+        2 * stats.shared_segments,
+        2 * stats.planned_tokens,
+        2 * stats.unshared_tokens,
+    )
+    assert fixture.backend._pat.best.tokens_saved == stats.tokens_saved > 0
 
 
 def test_mixed_step_between_equal_decode_batches(fixture):

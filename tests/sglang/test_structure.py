@@ -12,7 +12,7 @@ from scheduling import MiniScheduler, assert_exact, row_depths
 
 from pat_sglang.metrics import METRICS
 from pat_sglang.plugin.feed import StructureFeed
-from pat_sglang.plugin.structure import StructureTracker, shared_forest
+from pat_sglang.plugin.structure import ForestBuilder, StructureTracker, shared_forest
 
 SYSTEM = list(range(100, 140))
 TOOLS = list(range(200, 230))
@@ -326,6 +326,57 @@ def test_forest_agrees_with_paths_on_random_trees():
                 assert depths[i][j] == max(map(depth_of, common), default=0)
         if forest is not None:
             assert all(p < i for i, p in enumerate(forest.parent))
+
+
+def test_a_kept_forest_is_the_one_of_a_new_builder():
+    """Rows come, go and change places, nodes are split and added: nothing is missed."""
+    rng = np.random.default_rng(11)
+    root = Node(None, 0)
+    nodes, rows, builder = [root], [], ForestBuilder()
+    kept = 0
+    for _ in range(600):
+        parent = nodes[int(rng.integers(len(nodes)))]
+        match int(rng.integers(6)):
+            case 0:
+                nodes.append(Node(parent, int(rng.integers(1, 9))))
+            case 1 if len(parent.key) > 1:  # as RadixCache._split_node: a new node above
+                upper = Node(parent.parent, 1)
+                parent.parent, parent.key = upper, parent.key[1:]
+                nodes.append(upper)
+            case 2 | 3:
+                rows = [*rows, parent]
+            case 4 if rows:
+                gone = int(rng.integers(len(rows)))
+                rows = rows[:gone] + rows[gone + 1 :]
+            case _:
+                rows = [rows[i] for i in rng.permutation(len(rows))]
+        lens = rng.integers(0, 40, len(rows))
+        before = builder._shared
+        found, fresh = builder.build(rows, lens), shared_forest(rows, lens)
+        kept += builder._shared is before
+        shown = [
+            SimpleNamespace(reqs=rows, forest=f, leaf_of_row=leaf) for f, leaf in (found, fresh)
+        ]
+        assert row_depths(shown[0]) == row_depths(shown[1])
+        if found[0] is not None:
+            assert found[0].length.sum() == fresh[0].length.sum()
+    assert kept > 50
+
+
+def test_a_node_that_got_shorter_in_place_is_read_again():
+    top = Node(Node(None, 0), 10)
+    builder, lens = ForestBuilder(), np.array([20, 20])
+    first, _ = builder.build([top, top], lens)
+    top.key = range(4)
+    second, _ = builder.build([top, top], lens)
+    assert (first.length.tolist(), second.length.tolist()) == ([10], [4])
+
+
+def test_a_last_node_above_another_rows_is_shared():
+    """Each row ends in a node of its own, but one of these lies on the other's path."""
+    top = Node(Node(None, 0), 10)
+    forest, leaf = shared_forest([top, Node(top, 5)], np.array([30, 30]))
+    assert forest.length.tolist() == [10] and leaf.tolist() == [0, 0]
 
 
 # -- signature ------------------------------------------------------------------------------------
