@@ -239,6 +239,38 @@ class DecodePlan:
         )
 
 
+def workspace_for(
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_rows: int,
+    max_tokens: int,
+    cap_bytes: int,
+) -> tuple[Capacity, int]:
+    """Sizes of a planner's buffers, and the GPU memory they take.
+
+    What remains under the cap after the fixed part goes to partials.
+
+    Raises:
+        ValueError: the cap is below the minimum (which it names).
+    """
+
+    def sized(parts: int) -> tuple[Capacity, int]:
+        sizes = capacity_for(max_rows, max_tokens, parts, num_q_heads // num_kv_heads, MAX_HORIZON)
+        part_bytes = 4 * num_q_heads * (head_dim + 1)
+        return sizes, 4 * (sizes.words + sizes.slots + 2 * max_rows + 8) + parts * part_bytes
+
+    minimum = sized(0)[1]
+    if minimum > cap_bytes:
+        raise ValueError(
+            f"max_workspace_bytes {cap_bytes} is below the minimum {minimum} for "
+            f"{max_rows} rows and {max_tokens} tokens"
+        )
+    each = sized(1)[1] - minimum
+    wanted = 6 * max_rows + 4096  # a few levels for every row, and cuts of a few long ones
+    return sized(min(wanted, (cap_bytes - minimum) // each))
+
+
 class DecodePlanner:
     """Makes decode plans for one attention geometry; owns every buffer they need.
 
@@ -296,7 +328,9 @@ class DecodePlanner:
         self.group_size = num_q_heads // num_kv_heads
 
         model = saved_cost.model_for(gpu_name, num_sms, head_dim, __version__)
-        capacity = self._capacity(max_rows, max_tokens, max_workspace_bytes)
+        capacity, _ = workspace_for(
+            num_q_heads, num_kv_heads, head_dim, max_rows, max_tokens, max_workspace_bytes
+        )
         shape = Shape(self.group_size, num_kv_heads, capacity.parts, capacity.items, sharing)
         self.host = HostPlanner(shape, model, capacity)
         self.max_rows = max_rows
@@ -312,24 +346,6 @@ class DecodePlanner:
         self._planned_lens = np.zeros(0, np.int32)
         self._steps = 0
         self._tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-
-    def _capacity(self, max_rows: int, max_tokens: int, cap_bytes: int) -> Capacity:
-        """Buffer sizes under the cap: what remains after the fixed part goes to partials."""
-
-        def sized(parts: int) -> tuple[Capacity, int]:
-            sizes = capacity_for(max_rows, max_tokens, parts, self.group_size, MAX_HORIZON)
-            part_bytes = 4 * self.num_q_heads * (self.head_dim + 1)
-            return sizes, 4 * (sizes.words + sizes.slots + 2 * max_rows + 8) + parts * part_bytes
-
-        minimum = sized(0)[1]
-        if minimum > cap_bytes:
-            raise ValueError(
-                f"max_workspace_bytes {cap_bytes} is below the minimum {minimum} for "
-                f"{max_rows} rows and {max_tokens} tokens"
-            )
-        each = sized(1)[1] - minimum
-        wanted = 6 * max_rows + 4096  # a few levels for every row, and cuts of a few long ones
-        return sized(min(wanted, (cap_bytes - minimum) // each))[0]
 
     @property
     def workspace_bytes(self) -> int:

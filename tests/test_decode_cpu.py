@@ -15,6 +15,7 @@ from pat_sglang import DecodePlanner, Forest, pat_decode
 from pat_sglang.host import HostPlanner
 from pat_sglang.metrics import METRICS
 from pat_sglang.packing import Search
+from pat_sglang.plan import workspace_for
 from pat_sglang.reference import attention
 
 GEOMETRIES = [(4, 4, 16), (6, 2, 16), (5, 1, 8), (16, 1, 8)]
@@ -257,6 +258,23 @@ def test_validate_catches_a_wrong_slot():
 def test_workspace_below_the_minimum_names_it():
     with pytest.raises(ValueError, match=r"below the minimum \d+"):
         planner_for((4, 4, 16), max_workspace_bytes=1000)
+
+
+def test_the_workspace_is_known_before_it_is_allocated():
+    capacity, size = workspace_for(4, 4, 16, 32, 3000, 8 << 20)
+    planner = DecodePlanner(
+        num_q_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        dtype=torch.float32,
+        device="cpu",
+        max_rows=32,
+        max_tokens=3000,
+        max_workspace_bytes=8 << 20,
+    )
+    partials = capacity.parts * 4 * (16 + 1) * 4  # the CPU holds none
+    assert capacity.parts > 0 and size <= 8 << 20
+    assert planner.workspace_bytes == size - partials
 
 
 def test_a_small_workspace_gives_a_coarser_plan():

@@ -18,9 +18,10 @@ import torch
 import pat_sglang
 from pat_sglang import envs
 from pat_sglang.metrics import METRICS
-from pat_sglang.plan import explain
+from pat_sglang.plan import explain, workspace_for
 
 from . import compat, eligibility, feed, hooks, server_args
+from .memory import GpuMemory
 
 if TYPE_CHECKING:
     from pat_sglang import DecodePlanner
@@ -153,8 +154,14 @@ def _make_state(name: str, runner: Any) -> PatState:
     geometries = _geometries(runner)
     pool = runner.token_to_kv_pool
     slots = runner.req_to_token_pool
+    device = slots.req_to_token.device
     make = functools.partial(
-        _make_planners, geometries, pool.dtype, slots.req_to_token.device, _num_slots(pool)
+        _make_planners,
+        geometries,
+        pool.dtype,
+        device,
+        _num_slots(pool),
+        functools.partial(_gpu_memory, runner, device),
     )
     planners = make(slots.size)
     return PatState(
@@ -187,12 +194,17 @@ def _make_planners(
     dtype: torch.dtype,
     device: torch.device,
     max_tokens: int,
+    measure: Callable[[], GpuMemory],
     max_rows: int,
 ) -> dict[eligibility.Geometry, DecodePlanner]:
     from pat_sglang import DecodePlanner
 
     mib = envs.WORKSPACE_MIB.get()
+    cap = (mib << 20) // len(geometries)
     try:
+        wanted = sum(workspace_for(*heads, max_rows, max_tokens, cap)[1] for heads in geometries)
+        if device.type == "cuda" and (memory := measure()).lacks(wanted):
+            raise _Declined(memory.advice(wanted))
         return {
             (num_q_heads, num_kv_heads, head_dim): DecodePlanner(
                 num_q_heads=num_q_heads,
@@ -202,11 +214,15 @@ def _make_planners(
                 device=str(device),
                 max_rows=max_rows,
                 max_tokens=max_tokens,
-                max_workspace_bytes=(mib << 20) // len(geometries),
+                max_workspace_bytes=cap,
                 sharing=envs.FORCE.get(),
             )
             for num_q_heads, num_kv_heads, head_dim in geometries
         }
+    except _Declined:
+        raise
+    except torch.OutOfMemoryError as error:  # enough is free, but in pieces, or another was faster
+        raise _Declined(measure().advice(wanted)) from error
     except Exception as error:
         # No compiler, an unsupported GPU, a workspace cap below the minimum, or a bug of ours:
         # none of them may stop a server that the base can run.
@@ -216,6 +232,13 @@ def _make_planners(
         if isinstance(error, ValueError):
             hint = f"PAT_SGLANG_WORKSPACE_MIB is {mib}, --max-running-requests counts rows"
         raise _Declined(f"{type(error).__name__}: {first} ({hint})") from error
+
+
+def _gpu_memory(runner: Any, device: torch.device) -> GpuMemory:
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fraction, of = compat.static_fraction(runner)
+    return GpuMemory(free=free + cached, fraction_of=of or total, fraction=fraction)
 
 
 def _remake_planners(

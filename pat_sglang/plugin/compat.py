@@ -122,6 +122,15 @@ def backend_names(runner: Any) -> tuple[str | None, str | None]:
     return (None, None) if getter is None else getter()
 
 
+def static_fraction(runner: Any) -> tuple[float | None, int | None]:
+    """``--mem-fraction-static`` and the bytes it is a fraction of; None: not known."""
+    free_at_start = getattr(runner, "pre_model_load_memory", None)  # GiB, before the weights
+    return (
+        getattr(runner.server_args, "mem_fraction_static", None),
+        int(free_at_start * (1 << 30)) if free_at_start else None,
+    )
+
+
 def translates_slots(runner: Any) -> bool:
     """Whether req_to_token holds virtual ids that PAT must not use as slots (unified pools)."""
     translator = getattr(runner, "kv_index_translator", None)

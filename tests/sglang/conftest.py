@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 torch.set_num_threads(1)  # two threads on a shared machine wait for each other at every barrier
 
@@ -64,3 +66,16 @@ def model_folder(tmp_path: Path) -> str:
     """A model folder good enough to resolve arguments: a config and no weights."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     return str(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """SmolLM2-135M-Instruct in float32, where the quick start keeps it too."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import smollm2
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    folder = smollm2.CACHE / "SmolLM2-135M-Instruct-float32"
+    smollm2.make(folder, "float32")
+    return folder

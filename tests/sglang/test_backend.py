@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from pat_sglang import reference
 from pat_sglang.metrics import METRICS
 from pat_sglang.plugin import builder
 from pat_sglang.plugin.feed import on_init_new
+from pat_sglang.plugin.memory import MIB, GpuMemory
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
 SYSTEM = list(range(100, 140))
@@ -609,6 +611,63 @@ def test_workspace_too_small(monkeypatch, caplog):
     reason = declined(remade(fixture), caplog)
     assert reason.startswith(f"ValueError: max_workspace_bytes {256 << 20} is below 9999")
     assert "PAT_SGLANG_WORKSPACE_MIB is 256" in reason
+
+
+def test_too_little_gpu_memory_is_declined_before_anything_is_allocated(monkeypatch):
+    from pat_sglang import DecodePlanner
+
+    monkeypatch.setattr(DecodePlanner, "__init__", lambda self, **options: pytest.fail("allocated"))
+    measure = partial(GpuMemory, free=100 * MIB, fraction_of=80 << 30, fraction=0.88)
+    with pytest.raises(builder._Declined, match=r"100 MiB are free: lower --mem-fraction-static"):
+        builder._make_planners(
+            [(32, 8, 128)], torch.bfloat16, torch.device("cuda"), 10_000, measure, 64
+        )
+
+
+def test_memory_that_runs_out_all_the_same_gives_the_same_advice(monkeypatch, caplog):
+    from pat_sglang import DecodePlanner
+
+    def run_out(self, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nand many lines")
+
+    fixture = Fixture()
+    monkeypatch.setattr(DecodePlanner, "__init__", run_out)
+    monkeypatch.setattr(
+        builder,
+        "_gpu_memory",
+        lambda runner, device: GpuMemory(free=9 << 30, fraction_of=80 << 30, fraction=None),
+    )
+    reason = declined(remade(fixture), caplog)
+    assert reason.endswith("9216 MiB are free: lower --mem-fraction-static by 0.01")
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "fraction", "lacks", "advice"),
+    [
+        (768, 256, 0.88, False, "by 0.01, from 0.88 to 0.87"),
+        (767, 256, 0.88, True, "by 0.01, from 0.88 to 0.87"),
+        # 1.5 of 10 GiB are missing at most: to the next hundredth, never below.
+        (0, 1024, 0.9, True, "by 0.15, from 0.9 to 0.75"),
+        (0, 1025, 0.9, True, "by 0.16, from 0.9 to 0.74"),
+    ],
+)
+def test_advice_about_memory(free, wanted, fraction, lacks, advice):
+    memory = GpuMemory(free=free * MIB, fraction_of=10 << 30, fraction=fraction)
+    assert memory.lacks(wanted * MIB) is lacks
+    text = memory.advice(wanted * MIB)
+    assert text.startswith(
+        f"PAT's buffers need {wanted} MiB and 512 MiB must stay free, {free} MiB are free: "
+    )
+    assert text.endswith(f"lower --mem-fraction-static {advice}")
+
+
+def test_what_the_fraction_is_a_fraction_of():
+    from pat_sglang.plugin import compat
+
+    args = SimpleNamespace(mem_fraction_static=0.85)
+    runner = SimpleNamespace(server_args=args, pre_model_load_memory=79.5)
+    assert compat.static_fraction(runner) == (0.85, int(79.5 * (1 << 30)))
+    assert compat.static_fraction(SimpleNamespace(server_args=args)) == (0.85, None)
 
 
 def test_no_compiler(monkeypatch, caplog):

@@ -4,30 +4,35 @@
 Both serve the same concurrent requests (two levels of sharing, mixed lengths, chunked and mixed
 prefill, forced retractions, one abort). Greedy tokens must be equal, log-probabilities within 1e-3,
 and the counters of the PAT server must show that shared segments were really packed.
-
-Servers run in their own process group: an SGLang scheduler that dies kills its parent with SIGKILL.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
+from serving import (
+    ANSWER_S,
+    CHECKED,
+    START_S,
+    Answer,
+    ask,
+    assert_equal,
+    assert_nothing_declined,
+    greedy,
+    server,
+    state_of,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-START_S, ANSWER_S = 240, 180  # on an idle machine 20 and 15 are enough
+# A small pool, and a decode batch that loses requests every 20 steps.
+POOL = ("--max-total-tokens", "4096")
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
 
 SYSTEM = (
     "You are the assistant of a public library. Answer in one short sentence, never invent a book, "
@@ -46,15 +51,6 @@ QUESTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a request came back with."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    retractions: int
-
-
 def prompts() -> list[tuple[str, int]]:
     """(text, new tokens): below one system prompt, two topics; two equal prompts; one apart."""
     made = [
@@ -65,74 +61,13 @@ def prompts() -> list[tuple[str, int]]:
     return [*made, made[1], (SYSTEM, 8), ("The sea is", 20)]
 
 
-@contextlib.contextmanager
-def server(log: Path, model: Path, *arguments: str, **environment: str):
-    """A running server's base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "sglang.launch_server", "--model-path", str(model),
-        "--dtype", "float32", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port),
-        "--max-total-tokens", "4096", "--max-running-requests", "16", "--grammar-backend", "none",
-        "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--skip-server-warmup",
-        "--random-seed", "1", *arguments,
-    ]  # fmt: skip
-    settings = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20", **environment}
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **settings},
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + START_S
-        while True:
-            assert process.poll() is None, f"the server died:\n{tail(log)}"
-            assert time.monotonic() < deadline, f"no server after {START_S} s:\n{tail(log)}"
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{url}/health", timeout=10).status_code == 200:
-                    break
-            time.sleep(0.5)
-        yield url
-        assert process.poll() is None, f"the server died:\n{tail(log)}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
-
-
-def tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-
-
-def ask(url: str, text: str, new_tokens: int, rid: str) -> Answer:
-    """One greedy answer."""
-    body = {
-        "text": text,
-        "rid": rid,
-        "return_logprob": True,
-        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
-    }
-    answer = requests.post(f"{url}/generate", json=body, timeout=ANSWER_S).json()
-    meta = answer["meta_info"]
-    assert meta["finish_reason"]["type"] == "length", meta["finish_reason"]
-    pairs = meta["output_token_logprobs"]
-    return Answer(
-        [token for _, token, _ in pairs], [p for p, _, _ in pairs], meta["num_retractions"]
-    )
-
-
 def abort_midway(url: str) -> bool:
     """A long answer, streamed, aborted after a few tokens; whether the server said so."""
     body = {
         "text": f"{SYSTEM}{TOPICS[0]}Tell everything.",
         "rid": "long",
         "stream": True,
-        "sampling_params": {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True},
+        "sampling_params": greedy(2000),
     }
     with requests.post(f"{url}/generate", json=body, timeout=ANSWER_S, stream=True) as stream:
         seen, reason = 0, None
@@ -156,45 +91,17 @@ def serve_all(url: str) -> list[Answer]:
     return answers
 
 
-def state_of(url: str) -> dict[str, Any]:
-    info = requests.get(f"{url}/get_server_info", timeout=30).json()
-    return info["internal_states"][0]
-
-
-@pytest.fixture(scope="module")
-def model() -> Path:
-    """SmolLM2-135M-Instruct in float32, where the quick start keeps it too."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import smollm2
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    folder = smollm2.CACHE / "SmolLM2-135M-Instruct-float32"
-    smollm2.make(folder, "float32")
-    return folder
-
-
 def test_pat_answers_as_the_base_does(model: Path, tmp_path: Path) -> None:
     base_log, pat_log = tmp_path / "base.log", tmp_path / "pat.log"
-    with server(base_log, model, "--attention-backend", "torch_native") as url:
+    with server(base_log, model, *POOL, "--attention-backend", "torch_native", **RETRACT) as url:
         expected = serve_all(url)
         assert "pat" not in state_of(url)
-    with server(
-        pat_log,
-        model,
-        "--attention-backend",
-        "pat",
-        PAT_SGLANG_STRICT="1",
-        PAT_SGLANG_FORCE="on",
-        PAT_SGLANG_VALIDATE="1",
-    ) as url:
+    options = {**RETRACT, **CHECKED}
+    with server(pat_log, model, *POOL, "--attention-backend", "pat", **options) as url:
         answers = serve_all(url)
         state = state_of(url)
 
-    for index, (mine, base) in enumerate(zip(answers, expected, strict=True)):
-        assert mine.tokens == base.tokens, f"request {index}"
-        worst = max(abs(a - b) for a, b in zip(mine.logprobs, base.logprobs, strict=True))
-        assert worst < 1e-3, f"request {index}: log-probabilities differ by {worst}"
+    assert_equal(answers, expected)
     assert sum(answer.retractions for answer in answers) > 0, "nothing was retracted"
 
     pat = state["pat"]
@@ -204,8 +111,7 @@ def test_pat_answers_as_the_base_does(model: Path, tmp_path: Path) -> None:
     assert pat["shared_segments"] > 0
     assert 0 < pat["planned_kv_tokens"] < 0.7 * pat["unshared_kv_tokens"]
     assert pat["plans_made"] > 0 and pat["plans_kept"] > 0
-    for reasons in ("declined", "layers_on_base", "steps_on_base", "no_sharing"):
-        assert pat[reasons] == {}, reasons
+    assert_nothing_declined(pat)
     banners = [
         line for line in pat_log.read_text().splitlines() if "decode attention by PAT" in line
     ]
