@@ -39,6 +39,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gpu_common as common
 import numpy as np
@@ -63,22 +64,28 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     cached: int
+    from_host: int = 0  # of the cached tokens, those that HiCache brought back
 
 
 class Scored(Server):
     """A server that is asked for answers and for scores."""
 
-    def generate(self, prompts: list[list[int]], new_tokens: list[int]) -> list[Answer]:
+    def generate(
+        self, prompts: list[list[int]], new_tokens: list[int], samples: int = 1, **options: Any
+    ) -> list[Answer]:
         """One batched request: all prompts arrive together."""
         sampling = [
-            {"temperature": 0, "max_new_tokens": count, "ignore_eos": True} for count in new_tokens
+            {"temperature": 0, "max_new_tokens": count, "ignore_eos": True, "n": samples}
+            for count in new_tokens
         ]
         body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+        body |= options
         answers = []
         for reply in self.call("/generate", body):
             logprobs, tokens, *_ = zip(*reply["meta_info"]["output_token_logprobs"], strict=True)
             cached = reply["meta_info"].get("cached_tokens", 0)
-            answers.append(Answer(list(tokens), list(logprobs), cached))
+            host = (reply["meta_info"].get("cached_tokens_details") or {}).get("host", 0)
+            answers.append(Answer(list(tokens), list(logprobs), cached, host))
         return answers
 
     def score(self, inputs: list[list[int]], starts: list[int]) -> list[list[float]]:

@@ -23,6 +23,7 @@
 #   3. the model: model.00 and model.01 as parts (with `part`), then
 #        carry [".carry"]                           bash scripts/gpu_session.sh unpack
 #        carry [".carry"]                           bash scripts/gpu_session.sh serving
+#                                                   bash scripts/gpu_session.sh features   (likewise)
 #        carry [".carry"]                           bash scripts/gpu_session.sh load --backends pat,fa3
 #      load leaves $OUT/jit-cache.tgz, what SGLang compiled; in .carry/ it saves the next machine 90 s of a first start
 #
@@ -161,6 +162,11 @@ serving() {
   python3 scripts/gpu_serving_check.py --model "$gpu/smollm2" "$@" 2>&1 | tee "$log"
 }
 
+features() {
+  environment features
+  python3 scripts/gpu_features_check.py --model "$gpu/smollm2" "$@" 2>&1 | tee "$log"
+}
+
 load() {
   environment load
   local status=0
@@ -171,11 +177,11 @@ load() {
   return $status
 }
 
-command=${1:?local, part, unpack, kernels, sanitize, floor, regret, ablation, host, bench, serving or load}
+command=${1:?local, part, unpack, kernels, sanitize, floor, regret, ablation, host, bench, serving, features or load}
 shift
 case $command in
   local) local_ ;;
   floor | regret | ablation | host) alone "$command" "$@" ;;
-  part | unpack | kernels | sanitize | bench | serving | load) "$command" "$@" ;;
+  part | unpack | kernels | sanitize | bench | serving | features | load) "$command" "$@" ;;
   *) echo "unknown subcommand $command" >&2; exit 2 ;;
 esac

@@ -239,6 +239,27 @@ def make(dest: Path, dtype: str, cache: Path = CACHE) -> bool:
     return True
 
 
+def make_adapter(dest: Path, rank: int = 4, strength: float = 0.05) -> None:
+    """A random LoRA adapter in `dest`, strong enough to change what the model says."""
+    import torch
+    from safetensors.torch import save_file
+
+    layers, hidden, widths = 30, 576, {"q_proj": 576, "v_proj": 192}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
+    config["target_modules"] = list(widths)
+    random = torch.Generator().manual_seed(1)
+    weights = {}
+    for layer in range(layers):
+        for name, width in widths.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            for matrix, shape in (("lora_A", (rank, hidden)), ("lora_B", (width, rank))):
+                value = strength * torch.randn(shape, generator=random)
+                weights[f"{prefix}.{matrix}.weight"] = value
+    dest.mkdir(parents=True, exist_ok=True)
+    (dest / "adapter_config.json").write_text(json.dumps(config))
+    save_file(weights, dest / "adapter_model.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter

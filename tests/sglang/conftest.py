@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -69,13 +71,18 @@ def model_folder(tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def model() -> Path:
-    """SmolLM2-135M-Instruct in float32, where the quick start keeps it too."""
+def smollm2() -> ModuleType:
+    """The script that makes the model."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        import smollm2
+        return importlib.import_module("smollm2")
     finally:
         sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="session")
+def model(smollm2: ModuleType) -> Path:
+    """SmolLM2-135M-Instruct in float32, where the quick start keeps it too."""
     folder = smollm2.CACHE / "SmolLM2-135M-Instruct-float32"
     smollm2.make(folder, "float32")
     return folder

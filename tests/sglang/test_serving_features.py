@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import requests
-import torch
 from serving import (
     ANSWER_S,
     CHECKED,
@@ -46,8 +46,8 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 FRACTION = 0.05  # of stand_ins.FREE: 9320 slots
 
 SYSTEM = (
-    "You are the guide of a lighthouse. The tower was built of grey granite, has 142 steps, and its "
-    "lamp was fed with whale oil. The last keeper left when the light was made automatic. "
+    "You are the guide of a lighthouse. The tower was built of grey granite, has 142 steps, and "
+    "its lamp was fed with whale oil. The last keeper left when the light was made automatic. "
 )
 PROMPTS = [
     f"{SYSTEM}How high is the tower?",
@@ -65,32 +65,9 @@ class Servers:
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LoRA adapter of the model, strong enough to change what it says."""
-    from safetensors.torch import save_file
-
-    folder, rank = tmp_path_factory.mktemp("adapter"), 4
-    widths = {"q_proj": 576, "v_proj": 192}
-    (folder / "adapter_config.json").write_text(
-        json.dumps(
-            {
-                "peft_type": "LORA",
-                "r": rank,
-                "lora_alpha": 2 * rank,
-                "target_modules": list(widths),
-                "bias": "none",
-            }
-        )
-    )
-    random = torch.Generator().manual_seed(1)
-    weights = {}
-    for layer in range(30):
-        for name, width in widths.items():
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            for matrix, shape in (("lora_A", (rank, 576)), ("lora_B", (width, rank))):
-                value = 0.05 * torch.randn(shape, generator=random)
-                weights[f"{prefix}.{matrix}.weight"] = value
-    save_file(weights, folder / "adapter_model.safetensors")
+def adapter(smollm2: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    smollm2.make_adapter(folder)
     return folder
 
 
@@ -257,9 +234,9 @@ def test_weights_updated_under_requests_in_place(
     assert_equal(compare(servers, paused("in_place", update)), plain)
 
 
-def test_retracted_flushed_and_prefilled_again(servers: Servers, plain: list[Answer]) -> None:
-    """The same requests come back in the same batch, but every slot of theirs is another one."""
-    answers = compare(servers, paused("retract", lambda url: post(url, "flush_cache")))
+def test_paused_by_retracting(servers: Servers, plain: list[Answer]) -> None:
+    """The same requests come back, to other slots of their own."""
+    answers = compare(servers, paused("retract", nothing_runs))
     assert_equal(answers, plain)
     assert all(answer.retractions > 0 for answer in answers)
 
