@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from decimal import Decimal
 
 MIB = 1 << 20
 
 # What must be left for capture and activations: the floor of SGLang's own estimate
 # (ServerArgs, mem_fraction_static: "constant meta data + activation slack").
 HEADROOM = 512 * MIB
-
-_STEP = Decimal("0.01")  # in which --mem-fraction-static is lowered
 
 
 @dataclass(frozen=True)
@@ -37,14 +34,14 @@ class GpuMemory:
     def advice(self, wanted: int) -> str:
         """How much is needed, how much there is, and what to lower by how much."""
         missing = max(wanted + HEADROOM - self.free, 1)  # 1: free memory in pieces too small
-        lower = _STEP * math.ceil(missing / self.fraction_of / float(_STEP))
+        lower = -(-100 * missing // self.fraction_of) / 100  # rounded up
         text = (
             f"PAT's buffers need {_mib(wanted)} MiB and {HEADROOM // MIB} MiB must stay free, "
-            f"{self.free // MIB} MiB are free: lower --mem-fraction-static by {lower}"
+            f"{self.free // MIB} MiB are free: lower --mem-fraction-static by {lower:g}"
         )
         if self.fraction is None:
             return text
-        return f"{text}, from {self.fraction:g} to {float(Decimal(str(self.fraction)) - lower):g}"
+        return f"{text}, from {self.fraction:g} to {self.fraction - lower:g}"
 
 
 def _mib(size: int) -> int:
