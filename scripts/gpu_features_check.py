@@ -56,8 +56,7 @@ STAND_INS = common.ROOT / "tests" / "sglang" / "stand_ins"  # for the dry run
 SOLO = 6  # prompts that are asked one by one
 TAGS = ["kv_cache", "weights", "cuda_graph"]
 STEPS_UNDER_WAY = 8  # forwards after which requests are surely being decoded
-SMALL_POOL = 6144  # slots: holds the shared prompts or the fillers, not both
-MIB = 1 << 20
+SMALL_POOL = 10240  # slots: holds all answers or the fillers, not both
 
 
 class Controlled(Scored):
@@ -211,6 +210,8 @@ def state_problems(server: Controlled) -> list[str]:
     found = [f"{n}: {state[n]}" for n in ("steps_on_base", "layers_on_base") if state[n]]
     if not state["shared_segments"] or state["planned_kv_tokens"] >= state["unshared_kv_tokens"]:
         found.append("no shared segment was packed")
+    if "out of memory" in server.log.read_text(errors="replace").lower():
+        found.append("ran out of memory, see the log")
     return found
 
 
@@ -336,7 +337,9 @@ def measure_lora(family: Family, questions: Questions) -> None:
 def measure_hicache(family: Family, questions: Questions) -> None:
     """Other requests push the shared prefixes out to the host; then they are asked for again."""
     base, pat = both(family)
-    fillers = [p[k:] + p[:k] for k, p in enumerate(questions.prompts[:SOLO], 1)]
+    longest = max(questions.prompts, key=len)
+    count = SMALL_POOL // len(longest) + 1
+    fillers = [longest[k:] + longest[:k] for k in range(1, count + 1)]
     rows: Row = {}
     for server in (base, pat):
         before = questions.at_once(server)
@@ -402,7 +405,7 @@ def main() -> None:
     )
     # Small pools, and budgets that hold while the other servers take their share meanwhile.
     small = ["--mem-fraction-static", "0.4"]
-    lora = ["--enable-lora", "--lora-paths", f"tuned={adapter}", "--max-lora-rank", "8"]
+    lora = ["--enable-lora", "--lora-paths", f"tuned={adapter}", "--max-lora-rank", "16"]
     if options.dry_run:
         saver, small = ["--mem-fraction-static", "0.15"], ["--mem-fraction-static", "0.15"]
         lora += ["--lora-backend", "torch_native"]
@@ -410,6 +413,7 @@ def main() -> None:
         saver = ["--enable-memory-saver"]
     pool = ["--max-total-tokens", "32768"]
     hicache = ["--max-total-tokens", str(SMALL_POOL), "--enable-hierarchical-cache"]
+    hicache += ["--hicache-ratio", "4"]
     dp = ["--tp", "2", "--dp", "2", "--enable-dp-attention"]
     arguments = {
         "main": saver,

@@ -239,7 +239,7 @@ def make(dest: Path, dtype: str, cache: Path = CACHE) -> bool:
     return True
 
 
-def make_adapter(dest: Path, rank: int = 4, strength: float = 0.05) -> None:
+def make_adapter(dest: Path, rank: int = 16, strength: float = 0.05) -> None:
     """A random LoRA adapter in `dest`, strong enough to change what the model says."""
     import torch
     from safetensors.torch import save_file

@@ -79,7 +79,7 @@ def servers(
     logs = tmp_path_factory.mktemp("servers")
     options = [
         "--mem-fraction-static", str(FRACTION), "--enable-lora", "--lora-backend", "torch_native",
-        "--max-lora-rank", "8", "--lora-paths", f"tuned={adapter}",
+        "--max-lora-rank", "16", "--lora-paths", f"tuned={adapter}",
     ]  # fmt: skip
     path = os.pathsep.join([str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
