@@ -146,7 +146,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             "max_total_tokens": options.max_total_tokens,
             **common.provenance(),
         }
-        for number in range(options.rounds):
+        for number in range(options.first_round, options.first_round + options.rounds):
             for point in chosen:
                 turn = number % len(servers)
                 for server in servers[turn:] + servers[:turn]:
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--backends", type=words, default=["pat", "fa3"])
     parser.add_argument("--points", type=words, help="parts of their names; default: all but smoke")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first-round", type=int, default=0, help="to add to stored rounds")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no run after that")
     parser.add_argument("--max-running", type=int, default=512)
     parser.add_argument("--max-total-tokens", type=int, default=120_000)
