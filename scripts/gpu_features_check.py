@@ -291,6 +291,8 @@ class Family:
         for name, row in self.result.get("checks", {}).items():
             shown = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
             print(f"  {name:<36} {shown}")
+        if sizes := self.result.get("max_total_num_tokens"):
+            print(f"  max_total_num_tokens {sizes}")
         print("  " + ("; ".join(self.result["problems"]) or "as it should be"), flush=True)
 
 
