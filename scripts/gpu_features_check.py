@@ -79,10 +79,17 @@ class Questions:
     """The requests, and what a server answered first."""
 
     def __init__(self, workload: Workload, options: argparse.Namespace) -> None:
-        self.prompts = workload.prompts[: options.answers]
+        self.workload, self.prompts = workload, workload.prompts
         self.counts = [options.new_tokens] * len(self.prompts)
         self.cpu = options.dry_run
         self.noise = 0.0  # p99 of the base's decode kernels against its own prefill
+
+    def calibrate(self, base: Controlled) -> list[Answer]:
+        """The base's answers, and the noise in them."""
+        answers = self.at_once(base)
+        few = [Answer(a.tokens[:16], a.logprobs[:16], a.cached) for a in answers]
+        self.noise = distribution(self.workload.rescore(base, few)).get("p99", 0.0)
+        return answers
 
     def one_by_one(self, server: Controlled) -> list[Answer]:
         server.flush()
@@ -296,14 +303,12 @@ class Family:
         print("  " + ("; ".join(self.result["problems"]) or "as it should be"), flush=True)
 
 
-def measure_main(family: Family, workload: Workload, questions: Questions) -> None:
+def measure_main(family: Family, questions: Questions) -> None:
     """One after the other, each alone on the GPU at the default fraction."""
     idle = used_mib()
     base = family.ready(family.start(with_pat=False))
     sizes = {"base": base.pool_size()}
-    expected = questions.at_once(base)
-    few = [Answer(a.tokens[:16], a.logprobs[:16], a.cached) for a in expected]
-    questions.noise = distribution(workload.rescore(base, few)).get("p99", 0.0)
+    expected = questions.calibrate(base)
     base.stop()
     deadline = time.monotonic() + 30
     while used_mib() > idle + 64 and time.monotonic() < deadline:
@@ -318,14 +323,16 @@ def measure_main(family: Family, workload: Workload, questions: Questions) -> No
     family.conclude(pat, rows, *([f"max_total_num_tokens differ: {sizes}"] if differ else []))
 
 
-def both(family: Family) -> tuple[Controlled, Controlled]:
+def both(family: Family, questions: Questions) -> tuple[Controlled, Controlled]:
     servers = [family.start(with_pat) for with_pat in (False, True)]
     base, pat = map(family.ready, servers)
+    if not questions.noise:  # without the family `main`
+        questions.calibrate(base)
     return base, pat
 
 
 def measure_lora(family: Family, questions: Questions) -> None:
-    base, pat = both(family)
+    base, pat = both(family, questions)
     names = [("tuned", None)[i // 2 % 2] for i in range(len(questions.prompts))]
     expected, answers = (questions.at_once(s, lora_path=names) for s in (base, pat))
     plain = questions.at_once(pat)
@@ -338,7 +345,7 @@ def measure_lora(family: Family, questions: Questions) -> None:
 
 def measure_hicache(family: Family, questions: Questions) -> None:
     """Other requests push the shared prefixes out to the host; then they are asked for again."""
-    base, pat = both(family)
+    base, pat = both(family, questions)
     longest = max(questions.prompts, key=len)
     count = SMALL_POOL // len(longest) + 1
     fillers = [longest[k:] + longest[:k] for k in range(1, count + 1)]
@@ -360,7 +367,7 @@ def measure_hicache(family: Family, questions: Questions) -> None:
 
 
 def measure_dp(family: Family, questions: Questions) -> None:
-    base, pat = both(family)
+    base, pat = both(family, questions)
     expected, answers = (questions.at_once(server) for server in (base, pat))
     family.conclude(pat, {"as the base": questions.distance(expected, answers)})
 
@@ -397,9 +404,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="pat-features-"))
     adapter = folder / "adapter"
     smollm2.make_adapter(adapter)
-    workload = Workload(options.model, options.answers)
-    questions = Questions(workload, options)
-
+    questions = Questions(Workload(options.model, options.answers), options)
     wanted = options.families or (
         ["main", "lora"]
         if options.dry_run
@@ -424,7 +429,7 @@ def main() -> None:
         "dp": [*small, *pool, *dp],
     }
     measures: dict[str, Callable[[Family], None]] = {
-        "main": lambda family: measure_main(family, workload, questions),
+        "main": lambda family: measure_main(family, questions),
         "lora": lambda family: measure_lora(family, questions),
         "hicache": lambda family: measure_hicache(family, questions),
         "dp": lambda family: measure_dp(family, questions),
