@@ -32,3 +32,17 @@ def test_bench_serving_takes_it(
     expected = "custom" if point.rows else point.options["dataset-name"]
     assert args.dataset_name == expected
     assert point.rows is None or Path(args.dataset_path).exists()
+
+
+def test_the_trace_is_read(tmp_path: Path) -> None:
+    """SGLang's own benchmark would crash on it: its records are no requests."""
+    from bench_serving import load_serving
+    from sglang.benchmark.datasets.mooncake import MooncakeDataset
+
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "hash_ids": [0, 7]}\n' * 3)
+    for _ in range(2):  # prepared once, however often it is asked for
+        load_serving()
+    records = MooncakeDataset(str(trace), "conversation", 2).load()
+    assert [record["hash_ids"] for record in records] == [[0, 7]] * 2
+    assert {(type(r).__mro__[1], r.prompt, r.prompt_len) for r in records} == {(dict, "", 0)}
