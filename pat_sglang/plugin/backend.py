@@ -26,7 +26,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from pat_sglang._types import Int32Array
 from pat_sglang.decode import pat_decode
 from pat_sglang.forest import Forest
-from pat_sglang.layout import H_PLANNED_TOKENS, H_SHARED_PACKS, H_SHARING
+from pat_sglang.layout import H_PLANNED_TOKENS, H_RUNS, H_SHARED_PACKS, H_SHARING
 from pat_sglang.metrics import METRICS
 
 from . import compat, eligibility
@@ -287,12 +287,11 @@ class PatMixin(AttentionBackend):
         METRICS.count("planned_kv_tokens", plan.header[H_PLANNED_TOKENS])
         METRICS.count("unshared_kv_tokens", plan.unshared_tokens)
         if not kept:
-            self._pat_count_new(structure, plan)
+            self._pat_count_new(plan)
 
-    def _pat_count_new(self, structure: BatchStructure | None, plan: DecodePlan) -> None:
+    def _pat_count_new(self, plan: DecodePlan) -> None:
         METRICS.count("slots_compared", int(plan.slots_compared))
-        known = structure is not None and structure.forest is not None
-        METRICS.count("plans_unshared", int(known and not plan.header[H_SHARING]))
+        METRICS.count("plans_unshared", int(plan.header[H_RUNS] > 0 and not plan.header[H_SHARING]))
         best = self._pat.best
         saved = plan.unshared_tokens - plan.header[H_PLANNED_TOKENS]
         if best is None or saved > best.tokens_saved:

@@ -77,20 +77,6 @@ def registered_backends() -> list[str]:
     return list(ATTENTION_BACKENDS)
 
 
-def request_rows(reqs: list[Any]) -> list[Any]:
-    """Row of each request in req_to_token (moved into ``req.kv`` in 0.5.18 .. 0.5.23)."""
-    if reqs and hasattr(reqs[0], "req_pool_idx"):
-        return [req.req_pool_idx for req in reqs]
-    return [req.kv.req_pool_idx for req in reqs]
-
-
-def retraction_counts(reqs: list[Any]) -> list[int]:
-    """How often each request was retracted; zeros where requests do not say."""
-    if reqs and hasattr(reqs[0], "retraction_count"):
-        return [req.retraction_count for req in reqs]
-    return [0] * len(reqs)
-
-
 def kv_write_loc(forward_batch: Any) -> Any:
     """Where this step's K and V go, as the base backends of this version say it.
 

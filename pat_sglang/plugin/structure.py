@@ -14,7 +14,6 @@ only refines boundaries inside ranges that are shared already.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +24,6 @@ import numpy.typing as npt
 from pat_sglang import envs
 from pat_sglang._types import Int32Array
 from pat_sglang.forest import Forest
-
-from . import compat
 
 logger = logging.getLogger("pat_sglang")
 
@@ -50,8 +47,6 @@ class StructureTracker:
         self._list: list[Any] | None = None  # the scheduler's own list object
         self._reqs: list[Any] = []
         self._nodes: list[Any] = []
-        self._rows: list[Any] = []  # req_to_token row of each request
-        self._retractions: list[int] = []
         self._members: set[Any] | None = None
         self._structure: BatchStructure | None = None
         self._reader: _TreeReader | None = None
@@ -60,23 +55,16 @@ class StructureTracker:
         """Structure of a decode ScheduleBatch."""
         reqs = batch.reqs
         nodes = [req.last_node for req in reqs]
-        structure = self._structure
-        same_nodes = structure is not None and nodes == self._nodes and reqs == self._reqs
-        if same_nodes and reqs is self._list:
-            # Retraction takes a request out of the batch, and filter_batch and merge_batch bind a
-            # new list: within one list object only the nodes can have changed.
-            assert structure is not None
-            return structure
-        rows, retractions = compat.request_rows(reqs), compat.retraction_counts(reqs)
-        self._list = reqs
-        if same_nodes and rows == self._rows and retractions == self._retractions:
-            assert structure is not None
-            return structure
+        if reqs is self._list and nodes == self._nodes and reqs == self._reqs:
+            # filter_batch and merge_batch bind a new list, and retraction takes a request out of
+            # the batch: within one list object rows stay where they are in req_to_token.
+            assert self._structure is not None
+            return self._structure
 
         forest, leaf_of_row, unknown = self._read(batch, nodes)
         self._version += 1
-        self._reqs, self._nodes, self._rows = list(reqs), nodes, rows
-        self._retractions, self._members = retractions, None
+        self._list, self._reqs, self._nodes = reqs, list(reqs), nodes
+        self._members = None
         self._structure = BatchStructure(self._version, self._reqs, forest, leaf_of_row, unknown)
         return self._structure
 
@@ -208,23 +196,16 @@ class _PathNode:
     key: range
 
 
-def shared_forest(
-    nodes: Sequence[Any], lens: npt.NDArray[Any]
-) -> tuple[Forest | None, Int32Array | None]:
-    """Forest of a single batch, see ``ForestBuilder.build``."""
-    return ForestBuilder().build(nodes, lens)
-
-
 class ForestBuilder:
     """Makes forests of successive batches; keeps what a change of the batch leaves as it was.
 
-    Rows come and go all the time, the nodes that several of them share far more rarely. What is
-    done for every row is therefore little, and all of it in comprehensions and C functions.
+    Rows come and go all the time, the nodes that several of them share far more rarely. The forest
+    is kept while no row joins that shares a node it does not have, and may then have nodes that
+    only one row is left to pass. What is done for every row is all in C functions.
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[dict[Any, Any], dict[Any, bool]] | None = None
-        self._shared = _SharedNodes({}, {})
+        self._shared = _SharedNodes([])
 
     def build(
         self, nodes: Sequence[Any], lens: npt.NDArray[Any]
@@ -239,101 +220,111 @@ class ForestBuilder:
         Returns:
             ``(None, None)`` when nothing is shared. Parents come before children in the forest.
         """
-        distinct = set(nodes)
-        alone = len(distinct) == len(nodes) and None not in distinct
-        # Nearly always each row ends in a node of its own: walks from the nodes above are enough,
-        # unless such a node lies on another row's path.
-        entries = [node.parent for node in nodes] if alone else nodes
-        several, above = _walk_up(entries)
-        if alone and not distinct.isdisjoint(above):
-            entries = nodes
-            several, above = _walk_up(entries)
-
-        if (above, several) != self._seen or not self._shared.is_current():
-            self._shared = _SharedNodes(above, several)
-            self._seen = above, several
         shared = self._shared
+        if not shared.holds(nodes):
+            shared = self._shared = _SharedNodes(nodes)
         if shared.forest is None:  # rows meet at the root at most
             return None, None
-        leaf_of_row = np.fromiter(map(shared.leaf.__getitem__, entries), np.int32, len(entries))
-        too_long = shared.depth[leaf_of_row] >= lens[: len(entries)]
+        leaf_of_row = np.fromiter(map(shared.leaf.__getitem__, nodes), np.int32, len(nodes))
+        too_long = shared.depth[leaf_of_row] >= lens[: len(nodes)]
         for row in np.flatnonzero(too_long):
             leaf_of_row[row] = shared.lifted(int(leaf_of_row[row]), int(lens[row]) - 1)
         return shared.forest, leaf_of_row
 
 
-def _walk_up(entries: Sequence[Any]) -> tuple[dict[Any, bool], dict[Any, Any]]:
-    """Walks to the root from where each row's path begins, every node once.
-
-    Returns:
-        Whether several rows begin at an entry, by entry; and the parent of every node passed.
-    """
-    several = {entry: rows > 1 for entry, rows in Counter(entries).items()}
-    above: dict[Any, Any] = {}
-    for node in several:
-        while node is not None and node not in above:
-            parent = above[node] = node.parent
-            node = parent
-    return several, above
-
-
 class _SharedNodes:
-    """The nodes of ``above`` that at least two rows pass, as a forest.
+    """The nodes that at least two rows of a batch pass, as a forest.
 
     Nodes of one row only are left out before their length is asked for: at 256 rows that is the
     difference between 9 and 265 calls of a Python ``__len__``.
 
     Attributes:
         forest: None when nothing is shared.
-        leaf: index of the deepest shared node at or above each entry, -1: none.
+        leaf: index of the deepest shared node at or above each row's last node, -1: none.
         depth: int64 ``[nodes + 1]``, tokens from the root to each node's end; the last one, which
             -1 picks, is 0.
     """
 
-    def __init__(self, above: dict[Any, Any], several: dict[Any, bool]) -> None:
-        # Rows that begin at a node (two stand for all) and nodes walked to it from below.
-        arrivals = Counter(above.values())
-        arrivals.update({entry: 1 + more for entry, more in several.items()})
-        index: dict[Any, int] = {None: -1}
+    def __init__(self, nodes: Sequence[Any]) -> None:
+        # None, above every root, counts as seen: each walk then ends at exactly one test a node.
+        seen: set[Any] = {None}
+        meets = []  # where each row runs into the path of an earlier one
+        for node in nodes:
+            while node not in seen:
+                seen.add(node)
+                node = node.parent
+            meets.append(node)
+
+        self._index: dict[Any, int] = {None: -1}
         self._nodes: list[Any] = []
         self._parents: list[int] = []
-        for node in [node for node, count in arrivals.items() if count > 1]:
-            path = []
-            while node not in index:
-                path.append(node)
-                node = above[node]
-            if node is None and path:
-                index[path.pop()] = -1  # the root, which holds no tokens
-            for at in reversed(path):
-                self._parents.append(index[above[at]])
-                index[at] = len(self._nodes)
-                self._nodes.append(at)
+        for node in dict.fromkeys(meets):
+            self._add_path(node)
         self._lengths = self._read_lengths()
         depths: list[int] = []
         for parent, length in zip(self._parents, self._lengths, strict=True):
             depths.append(length + (depths[parent] if parent >= 0 else 0))
         self.depth = np.array([*depths, 0])
-
-        self.leaf: dict[Any, int] = {}
-        for entry in several:
-            node = entry
-            while node not in index:
-                node = above[node]
-            self.leaf[entry] = index[node]
         self.forest: Forest | None = None
         if self._nodes:
             parents = np.array(self._parents, np.int32)
             self.forest = Forest(parents, np.array(self._lengths, np.int32))
 
-    def is_current(self) -> bool:
-        """Whether every node is as long as it was."""
-        return self._lengths == self._read_lengths()
+        self.leaf: dict[Any, int] = {}
+        for last in nodes:
+            node = last
+            while node not in self._index:
+                node = node.parent
+            self.leaf[last] = self._index[node]
+        self._most_leaves = 2 * len(self.leaf) + 64
+
+    def holds(self, nodes: Sequence[Any]) -> bool:
+        """Whether these rows, too, share no other nodes; takes in those that are new."""
+        distinct = set(nodes)
+        return (
+            all(map(self._joins, distinct.difference(self.leaf)))
+            and (len(distinct) == len(nodes) or self._ends_differ(nodes))
+            and len(self.leaf) <= self._most_leaves  # most of those rows are gone
+            and self._lengths == self._read_lengths()  # a node was split
+        )
 
     def lifted(self, leaf: int, limit: int) -> int:
         """The deepest node at or above ``leaf`` that ends within ``limit`` tokens, -1: none."""
         while leaf >= 0 and self.depth[leaf] > max(limit, 0):
             leaf = self._parents[leaf]
         return leaf
+
+    def _joins(self, last: Any) -> bool:
+        """Takes in a row that ends in a node of ours, or in one of its own right below.
+
+        Any other row passes a node that is not ours and may be another row's, and so does one
+        whose last node has others below it.
+        """
+        if last not in self._index:
+            if last.parent not in self._index or getattr(last, "children", True):
+                return False
+            self.leaf[last] = self._index[last.parent]
+        else:
+            self.leaf[last] = self._index[last]
+        return True
+
+    def _ends_differ(self, nodes: Sequence[Any]) -> bool:
+        """Whether no two rows end in the same node that is not ours."""
+        private = [node for node in nodes if node not in self._index]
+        return len(set(private)) == len(private)
+
+    def _add_path(self, node: Any) -> None:
+        """``node`` and what is above it, from the top; the root holds no tokens."""
+        path = []
+        while node not in self._index:
+            path.append(node)
+            node = node.parent
+        if node is None and path:
+            self._index[path.pop()] = -1
+        for at in reversed(path):
+            self._parents.append(self._index[at.parent])
+            self._index[at] = len(self._nodes)
+            self._nodes.append(at)
 
     def _read_lengths(self) -> list[int]:
         return [len(node.key) for node in self._nodes]
