@@ -35,7 +35,10 @@ from server import Server
 from serving_report import report
 from workloads import MOONCAKE, Point, points
 
-KEY = ("model", "workload", "request_rate", "concurrency", "rivals", "backend", "round")
+KEY = (
+    "model", "workload", "request_rate", "concurrency", "rivals", "max_total_tokens", "commit",
+    "backend", "round",
+)  # fmt: skip
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 TRACE = common.ROOT.parent / "shared/traces" / MOONCAKE
 START_PATIENCE_S = 540.0  # a first start compiles kernels
@@ -44,6 +47,7 @@ KEPT = (
     "mean_tpot_ms", "median_tpot_ms", "p99_tpot_ms", "mean_ttft_ms", "p99_ttft_ms",
     "mean_itl_ms", "median_itl_ms", "p99_itl_ms", "completed", "total_output_tokens", "duration",
 )  # fmt: skip
+MOST_SILENT = 0.01  # of the requests
 COUNTED = ("plans_made", "plans_kept", "planned_kv_tokens", "unshared_kv_tokens")
 
 
@@ -104,13 +108,13 @@ class Contender(Server):
             paths = [str(common.ROOT), *([str(options.plugin)] if options.plugin else []), *paths]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         super().__init__(name, arguments, environment, folder / f"{name}.log", cwd=folder)
-        self.folder = folder
+        self.folder, self.with_pat = folder, backend == "pat"
 
     def measure(self, point: Point, tokenizer: Path) -> Row:
         """One run of ``sglang.bench_serving``; its own process would spend 10 s on imports.
 
         Raises:
-            RuntimeError: a request failed, or got fewer tokens than asked.
+            RuntimeError: a request failed or printed nothing, or PAT did not serve.
         """
         output = self.folder / "bench.json"
         output.unlink(missing_ok=True)
@@ -128,10 +132,17 @@ class Contender(Server):
         errors = sorted({error for error in result["errors"] if error})
         if errors or result["completed"] != len(result["errors"]):
             raise RuntimeError(f"{self.name}, {point.name}: {errors[:2]}, see {log}")
-        row = {name: result[name] for name in KEPT}
+        # Without a first token that prints, latency counts as time between tokens. The few bytes
+        # that are no character alone are all that a tokenizer should have of this kind.
+        silent = sum(ttft <= 0 for ttft in result["ttfts"])
+        if silent > MOST_SILENT * len(result["ttfts"]):
+            raise RuntimeError(f"{self.name}, {point.name}: {silent} requests printed nothing")
+        row = {name: result[name] for name in KEPT} | {"silent": silent}
         row["output_tok_s"] = result["output_throughput"]
-        if after:
-            for name in ("declined", "layers_on_base", "steps_on_base"):
+        if self.with_pat:
+            if not after.get("active"):
+                raise RuntimeError(f"{self.name}: PAT is not active: {after.get('declined')}")
+            for name in ("declined", "layers_on_base", "steps_on_base", "no_sharing"):
                 if after[name]:
                     raise RuntimeError(f"{self.name}: {name}: {after[name]}")
             row["pat"] = {name: after[name] - before.get(name, 0) for name in COUNTED}
@@ -174,11 +185,11 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         }
         for number in range(options.first_round, options.first_round + options.rounds):
             for point in chosen:
+                if time.monotonic() > deadline:  # between points: every round has all backends
+                    print("the time is up", flush=True)
+                    return
                 turn = number % len(servers)
                 for server in servers[turn:] + servers[:turn]:
-                    if time.monotonic() > deadline:
-                        print("the time is up", flush=True)
-                        return
                     row = {
                         "workload": point.workload,
                         "shared": point.shared,

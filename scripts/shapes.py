@@ -53,11 +53,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make(shape: str, tokenizer: Path, folder: Path) -> Path:
     """A folder that SGLang serves as a model of that shape, with the tokenizer of another model.
 
-    Token ids beyond that tokenizer's vocabulary decode to nothing; prompts never hold one.
+    The vocabulary is filled up with words that no text is encoded to: random weights generate any
+    id, and a request whose tokens print nothing would show no time to its first one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)
+    words = json.loads((tokenizer / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    size = SHAPES[shape]["vocab_size"]
+    vocabulary |= {f"<{number}>": number for number in range(len(vocabulary), size)}
+    (folder / "tokenizer.json").write_text(json.dumps(words))
     (folder / "config.json").write_text(json.dumps(_COMMON | SHAPES[shape], indent=1) + "\n")
     return folder

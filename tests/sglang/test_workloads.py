@@ -46,3 +46,16 @@ def test_the_trace_is_read(tmp_path: Path) -> None:
     records = MooncakeDataset(str(trace), "conversation", 2).load()
     assert [record["hash_ids"] for record in records] == [[0, 7]] * 2
     assert {(type(r).__mro__[1], r.prompt, r.prompt_len) for r in records} == {(dict, "", 0)}
+
+
+def test_every_token_of_a_shape_prints(model: Path, tmp_path: Path) -> None:
+    import shapes
+    from transformers import AutoTokenizer
+
+    folder = shapes.make("qwen3-8b", model, tmp_path / "shape")
+    filled, plain = (AutoTokenizer.from_pretrained(path) for path in (folder, model))
+    assert len(filled) == shapes.SHAPES["qwen3-8b"]["vocab_size"]
+    text = "The sea is 12 miles <49152> wide; <60000> so they say."
+    assert filled.encode(text) == plain.encode(text)
+    ids = range(len(plain), len(filled), 97)
+    assert all(filled.decode([token]).strip() for token in ids)
