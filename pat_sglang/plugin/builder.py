@@ -199,12 +199,9 @@ def _make_planners(
 ) -> dict[eligibility.Geometry, DecodePlanner]:
     from pat_sglang import DecodePlanner
 
-    mib = envs.WORKSPACE_MIB.get()
-    cap = (mib << 20) // len(geometries)
     try:
-        wanted = sum(workspace_for(*heads, max_rows, max_tokens, cap)[1] for heads in geometries)
-        if device.type == "cuda" and (memory := measure()).lacks(wanted):
-            raise _Declined(memory.advice(wanted))
+        memory = measure() if device.type == "cuda" else None
+        cap = _workspace_cap(geometries, max_tokens, max_rows, memory)
         return {
             (num_q_heads, num_kv_heads, head_dim): DecodePlanner(
                 num_q_heads=num_q_heads,
@@ -221,17 +218,43 @@ def _make_planners(
         }
     except _Declined:
         raise
-    except torch.OutOfMemoryError as error:  # enough is free, but in pieces, or another was faster
-        raise _Declined(measure().advice(wanted)) from error
     except Exception as error:
-        # No compiler, an unsupported GPU, a workspace cap below the minimum, or a bug of ours:
-        # none of them may stop a server that the base can run.
+        # No compiler, an unsupported GPU, a workspace cap below the minimum, free memory in pieces,
+        # or a bug of ours: none of them may stop a server that the base can run.
         logger.debug("pat-sglang: no planner", exc_info=True)
         first = (str(error).splitlines() or [""])[0]
         hint = "`python -m pat_sglang doctor` tells more"
         if isinstance(error, ValueError):
+            mib = envs.WORKSPACE_MIB.get()
             hint = f"PAT_SGLANG_WORKSPACE_MIB is {mib}, --max-running-requests counts rows"
+        elif isinstance(error, torch.OutOfMemoryError):
+            hint = "lower --mem-fraction-static"
         raise _Declined(f"{type(error).__name__}: {first} ({hint})") from error
+
+
+def _workspace_cap(
+    geometries: list[eligibility.Geometry], max_tokens: int, max_rows: int, memory: GpuMemory | None
+) -> int:
+    """Bytes that the planner of one geometry may take: fewer than asked where the GPU is full."""
+
+    def needed(cap: int) -> int:
+        return sum(workspace_for(*heads, max_rows, max_tokens, cap)[1] for heads in geometries)
+
+    cap = (envs.WORKSPACE_MIB.get() << 20) // len(geometries)
+    wanted = needed(cap)
+    if memory is None or wanted <= memory.room:
+        return cap
+    cap = memory.room // len(geometries)
+    try:
+        reduced = needed(cap)
+    except ValueError:
+        raise _Declined(memory.advice(wanted)) from None
+    logger.warning(
+        "pat-sglang: %s. Until then they take %d MiB, and long runs are cut less finely",
+        memory.advice(wanted),
+        reduced >> 20,
+    )
+    return cap
 
 
 def _gpu_memory(runner: Any, device: torch.device) -> GpuMemory:

@@ -27,21 +27,23 @@ class GpuMemory:
     fraction_of: int  # what --mem-fraction-static is a fraction of
     fraction: float | None  # its value in force; None: not known
 
-    def lacks(self, wanted: int) -> bool:
-        """Whether too little is left when ``wanted`` bytes are gone."""
-        return self.free < wanted + HEADROOM
+    @property
+    def room(self) -> int:
+        """What PAT may take at most."""
+        return max(self.free - HEADROOM, 0)
 
     def advice(self, wanted: int) -> str:
         """How much is needed, how much there is, and what to lower by how much."""
-        missing = max(wanted + HEADROOM - self.free, 1)  # 1: free memory in pieces too small
+        missing = wanted - self.free + HEADROOM
         lower = -(-100 * missing // self.fraction_of) / 100  # rounded up
-        text = (
+        change = f"by {lower:g}"
+        if self.fraction is not None:
+            change += f", from {self.fraction:g} to {self.fraction - lower:g}"
+        return (
             f"PAT's buffers need {_mib(wanted)} MiB and {HEADROOM // MIB} MiB must stay free, "
-            f"{self.free // MIB} MiB are free: lower --mem-fraction-static by {lower:g}"
+            f"{self.free // MIB} MiB are free: lower --mem-fraction-static {change} "
+            "(or --max-total-tokens, where that sets the KV pool)"
         )
-        if self.fraction is None:
-            return text
-        return f"{text}, from {self.fraction:g} to {self.fraction - lower:g}"
 
 
 def _mib(size: int) -> int:

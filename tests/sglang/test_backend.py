@@ -14,6 +14,7 @@ from scheduling import POOL, MiniScheduler, model_runner
 
 from pat_sglang import reference
 from pat_sglang.metrics import METRICS
+from pat_sglang.plan import workspace_for
 from pat_sglang.plugin import builder
 from pat_sglang.plugin.feed import on_init_new
 from pat_sglang.plugin.memory import MIB, GpuMemory
@@ -624,7 +625,24 @@ def test_too_little_gpu_memory_is_declined_before_anything_is_allocated(monkeypa
         )
 
 
-def test_memory_that_runs_out_all_the_same_gives_the_same_advice(monkeypatch, caplog):
+def test_a_gpu_that_is_nearly_full_gets_smaller_buffers(caplog):
+    """Fewer partials mean coarser plans; only when the fixed part does not fit is PAT off."""
+    heads, tokens, rows = [(32, 8, 128)], 10_000, 64
+    fraction = {"fraction_of": 80 << 30, "fraction": 0.88}
+    roomy = GpuMemory(free=1 << 30, **fraction)
+    assert builder._workspace_cap(heads, tokens, rows, roomy) == 256 * MIB
+    assert builder._workspace_cap(heads, tokens, rows, None) == 256 * MIB
+    assert not caplog.records
+    tight = GpuMemory(free=(512 + 20) * MIB, **fraction)
+    cap = builder._workspace_cap(heads, tokens, rows, tight)
+    assert cap == 20 * MIB
+    assert workspace_for(*heads[0], rows, tokens, cap)[1] <= 20 * MIB
+    (record,) = caplog.records
+    assert "532 MiB are free: lower --mem-fraction-static by 0.01" in record.message
+    assert "they take 19 MiB" in record.message
+
+
+def test_memory_that_runs_out_all_the_same(monkeypatch, caplog):
     from pat_sglang import DecodePlanner
 
     def run_out(self, **options):
@@ -632,33 +650,26 @@ def test_memory_that_runs_out_all_the_same_gives_the_same_advice(monkeypatch, ca
 
     fixture = Fixture()
     monkeypatch.setattr(DecodePlanner, "__init__", run_out)
-    monkeypatch.setattr(
-        builder,
-        "_gpu_memory",
-        lambda runner, device: GpuMemory(free=9 << 30, fraction_of=80 << 30, fraction=None),
-    )
     reason = declined(remade(fixture), caplog)
-    assert reason.endswith("9216 MiB are free: lower --mem-fraction-static by 0.01")
+    assert reason == "OutOfMemoryError: CUDA out of memory. (lower --mem-fraction-static)"
 
 
 @pytest.mark.parametrize(
-    ("free", "wanted", "fraction", "lacks", "advice"),
+    ("free", "wanted", "fraction", "advice"),
     [
-        (768, 256, 0.88, False, "by 0.01, from 0.88 to 0.87"),
-        (767, 256, 0.88, True, "by 0.01, from 0.88 to 0.87"),
+        (767, 256, 0.88, "by 0.01, from 0.88 to 0.87"),
         # 1.5 of 10 GiB are missing at most: to the next hundredth, never below.
-        (0, 1024, 0.9, True, "by 0.15, from 0.9 to 0.75"),
-        (0, 1025, 0.9, True, "by 0.16, from 0.9 to 0.74"),
+        (0, 1024, 0.9, "by 0.15, from 0.9 to 0.75"),
+        (0, 1025, 0.9, "by 0.16, from 0.9 to 0.74"),
+        (0, 1024, None, "by 0.15"),
     ],
 )
-def test_advice_about_memory(free, wanted, fraction, lacks, advice):
-    memory = GpuMemory(free=free * MIB, fraction_of=10 << 30, fraction=fraction)
-    assert memory.lacks(wanted * MIB) is lacks
-    text = memory.advice(wanted * MIB)
-    assert text.startswith(
+def test_advice_about_memory(free, wanted, fraction, advice):
+    text = GpuMemory(free * MIB, 10 << 30, fraction).advice(wanted * MIB)
+    assert text == (
         f"PAT's buffers need {wanted} MiB and 512 MiB must stay free, {free} MiB are free: "
+        f"lower --mem-fraction-static {advice} (or --max-total-tokens, where that sets the KV pool)"
     )
-    assert text.endswith(f"lower --mem-fraction-static {advice}")
 
 
 def test_what_the_fraction_is_a_fraction_of():
