@@ -190,7 +190,7 @@ class _TreeReader:
 
 @dataclass(frozen=True, eq=False)
 class _PathNode:
-    """What shared_forest needs of a tree node: its parent and the length of its key."""
+    """What a forest needs of a tree node: its parent and the length of its key."""
 
     parent: _PathNode | None
     key: range

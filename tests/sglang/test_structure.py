@@ -153,16 +153,24 @@ def test_retraction_and_return():
 
 
 def test_retract_all_and_resume_is_a_new_signature():
-    """Same requests, same order, even the same pool rows and nodes: the plan must not survive."""
+    """Same requests in the same list, even the same pool rows and nodes: the prefill between ends
+    the plan."""
     scheduler = MiniScheduler()
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
-    tracker = StructureTracker()
-    before = observe(scheduler, reqs, tracker)
+    feed = StructureFeed()
+    feed.on_forward(scheduler.decode(reqs))
+    before = feed.take(2)
+    feed.on_forward(scheduler.decode(reqs))
+    assert feed.take(2) is before
     for req in reqs:
         scheduler.retract(req)
     for req in reqs:
-        scheduler.publish(scheduler.admit(req))
-    after = observe(scheduler, list(reqs), tracker)
+        scheduler.admit(req)
+    feed.on_forward(scheduler.batch(reqs, "EXTEND"))
+    for req in reqs:
+        scheduler.publish(req)
+    feed.on_forward(scheduler.decode(reqs))
+    after = feed.take(2)
     assert after.version != before.version
     assert_exact(scheduler, after)
 
