@@ -31,7 +31,7 @@ from typing import Any
 import gpu_common as common
 import shapes
 from gpu_common import Row
-from server import Server
+from server import Server, environment_with
 from serving_report import report
 from workloads import MOONCAKE, Point, points
 
@@ -84,7 +84,7 @@ def backend_of(name: str) -> tuple[str, int]:
 
 
 class Contender(Server):
-    """A server of one backend; only one with PAT sees the repository and the plug-in."""
+    """A server of one backend."""
 
     def __init__(self, name: str, model: Path, options: argparse.Namespace, folder: Path) -> None:
         backend, page = backend_of(name)
@@ -101,12 +101,7 @@ class Contender(Server):
         arguments += ["--max-running-requests", str(options.max_running)]
         arguments += ["--max-total-tokens", str(options.max_total_tokens)]
         arguments += ["--mem-fraction-static", str(options.mem_fraction), *options.server_arguments]
-        environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-        paths = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-        paths = [p for p in paths if p not in (str(common.ROOT), str(options.plugin))]
-        if backend == "pat":
-            paths = [str(common.ROOT), *([str(options.plugin)] if options.plugin else []), *paths]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment = environment_with(backend == "pat", options.plugin)
         super().__init__(name, arguments, environment, folder / f"{name}.log", cwd=folder)
         self.folder, self.with_pat = folder, backend == "pat"
 

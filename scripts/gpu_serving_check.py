@@ -45,7 +45,7 @@ import gpu_common as common
 import numpy as np
 from gpu_common import Row
 from prompts import GROUPS, SYSTEM
-from server import Server
+from server import Server, environment_with
 
 RUNS = 2
 NEW_TOKENS = (32, 48, 64, 96, 128)  # requests leave the batch at different times
@@ -277,16 +277,10 @@ def arguments_of(options: argparse.Namespace, backend: str) -> list[str]:
 
 
 def environment_of(options: argparse.Namespace, base: str, with_pat: bool) -> dict[str, str]:
-    """The environment of a server. Only one with PAT sees the repository and the plug-in."""
-    environment = dict(os.environ)
-    paths = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-    hidden = {str(common.ROOT), str(options.plugin)}
-    paths = [p for p in paths if p not in hidden]
+    """The environment of a server."""
+    environment = environment_with(with_pat, options.plugin)
     if with_pat:
-        paths = [str(common.ROOT), *([str(options.plugin)] if options.plugin else []), *paths]
         environment["PAT_SGLANG_BASE"] = base
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    environment.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     if base == "flashinfer":
         environment["SGLANG_FLASHINFER_USE_PAGED"] = "1"  # needs no fa3 module, see build_peers.sh
     return environment

@@ -169,6 +169,7 @@ features() {
 
 load() {
   environment load
+  export SGLANG_FLASHINFER_USE_PAGED=1  # there is no fa3 module of FlashInfer here, see build_peers.sh
   local status=0
   python3 scripts/bench_serving.py --tokenizer "$gpu/smollm2" --trace .carry/mooncake_conversation_trace.jsonl \
     "$@" 2>&1 | tee "$log" || status=$?

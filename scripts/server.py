@@ -16,6 +16,21 @@ from pathlib import Path
 from typing import Any
 
 STOP_PATIENCE_S = 10.0
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment_with(pat: bool, plugin: Path | None) -> dict[str, str]:
+    """Environment of a server; only one with PAT sees the repository and the plug-in.
+
+    Args:
+        pat: whether it is one with PAT.
+        plugin: folder with the package metadata that carries the entry point, None: installed.
+    """
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    ours = [str(ROOT), *([str(plugin)] if plugin else [])]
+    paths = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", *ours)]
+    environment["PYTHONPATH"] = os.pathsep.join([*(ours if pat else []), *paths])
+    return environment
 
 
 class Server:
