@@ -33,8 +33,8 @@ PATHS = ("sm80", "sm90")  # kernel paths; sm90 needs arch 9.0a
 
 _DEFAULT_CUDA_HOME = "/usr/local/cuda"
 _CXX_FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter")
-# A shared object's functions may be replaced at load time unless this says that nobody does; without
-# it the compiler inlines none of them, and planning takes a third longer.
+# A shared object's functions may be replaced at load time unless this says that nobody does;
+# without it the compiler inlines none of them, and planning takes a third longer.
 _HOST_FLAGS = (*_CXX_FLAGS, "-fno-semantic-interposition")
 _CUDA_FLAGS = (
     "-std=c++20",

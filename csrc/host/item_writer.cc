@@ -2,6 +2,7 @@
 #include "item_writer.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -16,8 +17,10 @@ uint64_t item_key(int32_t tile, int64_t weight, int32_t created) {
   return static_cast<uint64_t>(tile) << kTileShift |
          static_cast<uint64_t>(lightness) << kWeightShift | static_cast<uint64_t>(created);
 }
+uint64_t lightness_of(uint64_t key) { return key >> kWeightShift & kWeightMax; }
 int32_t created_of(uint64_t key) { return static_cast<int32_t>(key & INT32_MAX); }
 
+constexpr int kMaxDigitBits = 8;
 constexpr int kStepHiShift = 8;  // in the word that holds lo and hi
 
 }  // namespace
@@ -38,8 +41,13 @@ void ItemWriter::write(const ItemJob& job) {
         {pack.start, pack.end, packing.chunk[i], packing.num_chunks[i], pack.segment, chain, false},
         packing.rows.data() + pack.first_row, pack.num_rows);
   }
+  const bool is_one_item = job.prices[1].num_tiles == 1;
   for (int32_t row = 0; row < job.tree.num_rows(); ++row) {
     const int32_t i = packing.num_shared + row;
+    if (packing.num_chunks[i] == 1 && is_one_item) {
+      add_whole_tail(job, row);
+      continue;
+    }
     add_pack(job,
              {packing.tail_start[row], job.tree.lens()[row], packing.chunk[i],
               packing.num_chunks[i], job.tree.home(row), nullptr, true},
@@ -68,6 +76,8 @@ void ItemWriter::add_pack(const ItemJob& job, const Range& range, const int32_t*
   const int32_t first_item = num_items_, first_of_pack = num_entries_;
   num_items_ += price.num_tiles * num_plain;
   num_entries_ += num_rows * range.num_chunks;
+  const int32_t full_rows = kTiles[kNumTiles - 1].rows / group_size_;
+  const int32_t full_heads = kTiles[kNumTiles - 1].rows % group_size_;
   int32_t u = range.segment;
   // From the last chunk to the first: the run a chunk starts to read then only moves upwards.
   for (int32_t c = range.num_chunks - 1; c >= 0; --c) {
@@ -105,24 +115,48 @@ void ItemWriter::add_pack(const ItemJob& job, const Range& range, const int32_t*
       add_chain(job, *range.chain, rows, num_rows, item, planned);
       continue;
     }
-    int64_t offset = 0;
+    int64_t left = query_rows;
+    int32_t first_row = 0, head_offset = 0;  // of the query rows that are left
     for (int32_t t = 0; t < price.num_tiles; ++t) {
-      const int64_t left = query_rows - offset;
       const int32_t tile =
           left >= kTiles[kNumTiles - 1].rows ? kNumTiles - 1 : PriceTable::tile_for(left);
       const auto count = static_cast<int32_t>(std::min<int64_t>(kTiles[tile].rows, left));
-      item.words[kItemFirstEntry] = static_cast<int32_t>(first_entry + offset / group_size_);
-      item.words[kItemHeadOffset] = static_cast<int32_t>(offset % group_size_);
+      item.words[kItemFirstEntry] = first_entry + first_row;
+      item.words[kItemHeadOffset] = head_offset;
       item.words[kItemQueryRows] = count;
       add_item(first_item + c * price.num_tiles + t, tile, planned, item);
       planned_tokens_ += planned;
-      offset += count;
+      // All work items of a pack but the last have the largest tile.
+      left -= count;
+      first_row += full_rows;
+      head_offset += full_heads - group_size_;
+      if (head_offset < 0) {
+        head_offset += group_size_;
+      } else {
+        ++first_row;
+      }
     }
   }
   for (int32_t r = 0; r < num_rows; ++r) {
     int32_t& part = job.next_part[rows[r]];
     if (part >= 0) part += range.num_chunks;
   }
+}
+
+// A tail of one chunk and one work item, as add_pack writes it: what most rows have.
+void ItemWriter::add_whole_tail(const ItemJob& job, int32_t row) {
+  const SegmentTree& tree = job.tree;
+  const int32_t begin = tree.tail_begin(row), end = tree.lens()[row];
+  const int32_t start = job.packing.tail_start[row];
+  const int32_t first = std::max(start, begin), beyond = std::max(begin - start, 0);
+  int32_t* entry = job.entries + static_cast<int64_t>(kEntryWords) * num_entries_;
+  entry[kEntryRow] = row;
+  entry[kEntryPart] = job.next_part[row];
+  add_item(num_items_++, PriceTable::tile_for(group_size_), end - start,
+           {{num_entries_++, 0, group_size_, job.tail_slot[row] + first - begin,
+             end + job.packing.horizon - first, beyond > 0 ? tree.home(row) : -1, beyond, first, -1,
+             row, 0, 0}});
+  planned_tokens_ += end - start;
 }
 
 // The work items of a chain; `item` is one that has all its rows.
@@ -170,24 +204,36 @@ void ItemWriter::add_chain(const ItemJob& job, const Chain& chain, const int32_t
   }
 }
 
-// Radix sort of the keys by tile and weight, bytes that are equal in all keys skipped. Stable, so
-// the creation number needs no pass. A comparison sort of 1,000 items takes five times as long.
+// Radix sort of the keys by tile and weight, the range of the weights closed up first so that most
+// batches need two passes. Stable, so the creation number needs none. A comparison sort of 1,000
+// items takes five times as long.
 void ItemWriter::sort(int32_t num_items) {
   uint64_t* from = keys_.data();
   uint64_t* to = sorted_keys_.fit(num_items);
-  uint64_t all_or = 0, all_and = ~uint64_t{0};
+  uint64_t lightest = 0, heaviest = kWeightMax, highest_tile = 0;
   for (int32_t i = 0; i < num_items; ++i) {
-    all_or |= from[i];
-    all_and &= from[i];
+    lightest = std::max(lightest, lightness_of(from[i]));
+    heaviest = std::min(heaviest, lightness_of(from[i]));
+    highest_tile = std::max(highest_tile, from[i] >> kTileShift);
   }
-  for (int shift = kWeightShift; shift < 64; shift += 8) {
-    if (((all_or ^ all_and) >> shift & 0xff) == 0) continue;
-    int32_t position[256] = {};
-    for (int32_t i = 0; i < num_items; ++i) ++position[from[i] >> shift & 0xff];
+  const int weight_bits = std::bit_width(lightest - std::min(lightest, heaviest));
+  for (int32_t i = 0; i < num_items; ++i) {
+    const uint64_t rank =
+        (from[i] >> kTileShift << weight_bits) | (lightness_of(from[i]) - heaviest);
+    from[i] = rank << kWeightShift | (from[i] & INT32_MAX);
+  }
+  const int bits = weight_bits + std::bit_width(highest_tile);
+  const int passes = (bits + kMaxDigitBits - 1) / kMaxDigitBits;
+  for (int pass = 0, shift = kWeightShift; pass < passes; ++pass) {
+    const int digit_bits = (bits + pass) / passes;  // they add up to all bits
+    const uint64_t mask = (uint64_t{1} << digit_bits) - 1;
+    int32_t position[1 << kMaxDigitBits] = {};
+    for (int32_t i = 0; i < num_items; ++i) ++position[from[i] >> shift & mask];
     int32_t sum = 0;
-    for (int32_t& count : position) sum += std::exchange(count, sum);
-    for (int32_t i = 0; i < num_items; ++i) to[position[from[i] >> shift & 0xff]++] = from[i];
+    for (uint64_t digit = 0; digit <= mask; ++digit) sum += std::exchange(position[digit], sum);
+    for (int32_t i = 0; i < num_items; ++i) to[position[from[i] >> shift & mask]++] = from[i];
     std::swap(from, to);
+    shift += digit_bits;
   }
   if (from != keys_.data()) std::copy_n(from, num_items, keys_.data());
 }

@@ -54,6 +54,7 @@ class ItemWriter {
   };
 
   void add_pack(const ItemJob& job, const Range& range, const int32_t* rows, int32_t num_rows);
+  void add_whole_tail(const ItemJob& job, int32_t row);
   void add_chain(const ItemJob& job, const Chain& chain, const int32_t* rows, int32_t num_rows,
                  Item item, int64_t planned);
   void add_item(int32_t created, int32_t tile, int64_t weight, const Item& item);
