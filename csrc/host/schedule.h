@@ -43,7 +43,7 @@ class Schedule {
     for (int32_t i = highest_; i >= lowest_; --i) {
       const Bucket& bucket = buckets_[i];
       if (bucket.items == 0) continue;
-      const int64_t before_ps = mul_div(work_ps, num_kv_heads, num_sms);
+      const int64_t longer_ps = work_ps;
       eighths += bucket.eighths;
       work_ps += bucket.work_ps;
       if (eighths * num_kv_heads <= 8 * num_sms) {
@@ -53,6 +53,7 @@ class Schedule {
       const int64_t start_ps =
           mul_div(work_ps, num_kv_heads, num_sms, bucket.work_ps / bucket.items);
       const int64_t waves = (bucket.eighths * num_kv_heads + 8 * num_sms - 1) / (8 * num_sms);
+      const int64_t before_ps = mul_div(longer_ps, num_kv_heads, num_sms);
       // Waves of 2^31 items of 2^61 ps each pass 64 bits; then the other bound is the lower one.
       int64_t in_waves_ps;
       if (__builtin_mul_overflow(waves, bucket.longest_ps, &in_waves_ps) ||
@@ -62,6 +63,16 @@ class Schedule {
       end_ps = std::max(end_ps, std::min(start_ps + bucket.longest_ps, in_waves_ps));
     }
     return std::max(mul_div(work_ps, num_kv_heads, num_sms), end_ps);
+  }
+
+  /// Takes over the work items of another schedule instead of its own.
+  void reset_to(const Schedule& other) {
+    clear();
+    if (other.lowest_ > other.highest_) return;
+    std::copy(other.buckets_ + other.lowest_, other.buckets_ + other.highest_ + 1,
+              buckets_ + other.lowest_);
+    lowest_ = other.lowest_;
+    highest_ = other.highest_;
   }
 
   /// Forgets all work items.

@@ -41,8 +41,21 @@ Splitter::Room Splitter::room_for(int64_t mean_ps, int32_t eighths) const {
   return room;
 }
 
-Splitter::Cut Splitter::cut(int64_t tokens, int64_t room) {
-  if (tokens <= room) return {static_cast<int32_t>(tokens), 1};
+// Whether a limit, lower than the last one that was tried, leads to the same cuts: what was beyond the
+// last one is beyond this one, so only what was within may differ, and the sizes of chunks.
+bool Splitter::decides_as_before(const Room& room) const {
+  bool same = !is_cut_ && within_.tail <= room.tail && within_.span <= room.span;
+  for (int32_t k = 0; k < kNumTiles; ++k) same &= within_.tokens[k] <= room.tokens[k];
+  return same;
+}
+
+Splitter::Cut Splitter::cut(int64_t tokens, int32_t tile, const Room& limits) {
+  const int64_t room = limits.tokens[tile];
+  if (tokens <= room) {
+    within_.tokens[tile] = std::max(within_.tokens[tile], tokens);
+    return {static_cast<int32_t>(tokens), 1};
+  }
+  is_cut_ = true;
   const auto total = static_cast<uint32_t>(tokens);
   const uint32_t count = ceil_div(total, static_cast<uint32_t>(room));
   const uint32_t chunk = (ceil_div(total, count) + kChunkAlign - 1) / kChunkAlign * kChunkAlign;
@@ -51,8 +64,8 @@ Splitter::Cut Splitter::cut(int64_t tokens, int64_t room) {
 
 // A tail that is cut has chunks for the horizon as well, empty at first, unless the last one grows by a
 // quarter at most: see _empty_chunks in Python.
-Splitter::Cut Splitter::cut_tail(int64_t tokens, int64_t room, int32_t horizon) {
-  Cut result = cut(tokens, room);
+Splitter::Cut Splitter::cut_tail(int64_t tokens, const Room& room, int32_t horizon) {
+  Cut result = cut(tokens, prices_[1].tile, room);
   if (result.num_chunks > 1) {
     const int64_t beyond =
         tokens + horizon - static_cast<int64_t>(result.num_chunks) * result.chunk;
@@ -70,11 +83,18 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
   const Chain& chain = packing.chains[pack.chain];
   const Piece* pieces = packing.pieces.data() + chain.first_piece;
   int32_t num_separated = 0;
+  int64_t longest_tail = chain.longest_tail;  // of those that are not separated
   if (chain.longest_tail > room.tail) {
+    longest_tail = 0;
     for (int32_t i = 0; i < chain.num_pieces; ++i) {
-      num_separated += pieces[i].is_separated(room.tail);
+      const bool is_separated = pieces[i].is_separated(room.tail);
+      num_separated += is_separated;
+      if (pieces[i].segment < 0 && !is_separated) {
+        longest_tail = std::max<int64_t>(longest_tail, pieces[i].tokens);
+      }
     }
   }
+  within_.tail = std::max(within_.tail, longest_tail);
   if (num_separated == chain.num_pieces) return {};
   Tried& tried = tried_[pack.chain];
   RowLoad* row_loads = row_loads_.data() + chain.first_piece + pack.chain;
@@ -101,7 +121,11 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
     }
     const FragmentLoad& load = tried.loads[i];
     const bool is_last_resort = best.rows_per_item == 0 && i + 1 == num_tries_;
-    if (load.span > room.span && !is_last_resort) continue;
+    if (load.span <= room.span) {
+      within_.span = std::max(within_.span, load.span);
+    } else if (!is_last_resort) {
+      continue;
+    }
     c.num_steps = load.steps;
     c.work_ps += (load.tokens - unique.begun_tokens) * model_.reread_ps[0] +
                  (load.steps - unique.begun_steps) * model_.step_ps;
@@ -113,11 +137,11 @@ Splitter::ChainCut Splitter::cut_chain(const Packing& packing, const SharedPack&
 
 // A chain whose work items have `rows_per_item` rows, as if there were nothing below its run.
 Splitter::ChainCut Splitter::without_steps(const SharedPack& pack, const Room& room,
-                                           int32_t rows_per_item, int32_t num_separated) const {
+                                           int32_t rows_per_item, int32_t num_separated) {
   const int64_t query_rows =
       static_cast<int64_t>(std::min(rows_per_item, pack.num_rows)) * shape_.group_size;
   const int32_t tile = PriceTable::tile_for(query_rows);
-  ChainCut c{.run = cut(pack.end - pack.start, room.tokens[tile]),
+  ChainCut c{.run = cut(pack.end - pack.start, tile, room),
              .rows_per_item = rows_per_item,
              .tile = tile,
              .num_items = (pack.num_rows + rows_per_item - 1) / rows_per_item};
@@ -160,6 +184,68 @@ int64_t Splitter::add_chunks(int32_t num_rows, const Cut& cut, int64_t tokens, b
   return sum_ps;
 }
 
+// Lists the tails outside of chains, and those in chains, which a limit may separate. Returns the SM
+// time of the former if none is cut and partials are free.
+int64_t Splitter::list_tails(const SegmentTree& tree, const Packing& packing, bool shared) {
+  const int32_t num_rows = tree.num_rows();
+  const bool any_chain = shared && packing.num_chains > 0;
+  Tail* tails = tails_.fit(num_rows);
+  Tail* chain_tails = chain_tails_.fit(any_chain ? num_rows : 0);
+  num_tails_ = num_chain_tails_ = 0;
+  longest_tail_ = longest_chain_tail_ = 0;
+  int64_t num_tokens = 0;
+  for (int32_t row = 0; row < num_rows; ++row) {
+    const int32_t start = shared ? packing.tail_start[row] : 0;
+    const int32_t tokens = tree.lens()[row] - start;
+    if (any_chain && packing.in_chain[row]) {
+      chain_tails[num_chain_tails_++] = {tokens, start > 0};
+      longest_chain_tail_ = std::max<int64_t>(longest_chain_tail_, tokens);
+    } else {
+      tails[num_tails_++] = {tokens, start > 0};
+      longest_tail_ = std::max<int64_t>(longest_tail_, tokens);
+      num_tokens += tokens;
+    }
+  }
+  return num_tails_ * prices_[1].item_ps + num_tokens * prices_[1].token_ps;
+}
+
+void Splitter::add_tail(const Tail& tail, const Room& room, int32_t horizon, Sums& sums) {
+  const Cut c = cut_tail(tail.tokens, room, horizon);
+  add_chunks(1, c, tail.tokens, tail.has_parts || c.num_chunks > 1, sums);
+}
+
+// What the tails outside of chains take when none is cut: the same for most limits.
+void Splitter::sum_whole_tails() {
+  schedule_.clear();
+  whole_sums_ = {};
+  for (int32_t i = 0; i < num_tails_; ++i) {
+    const Tail& tail = tails_[i];
+    add_chunks(1, {tail.tokens, 1}, tail.tokens, tail.has_parts, whole_sums_);
+  }
+  whole_tails_.reset_to(schedule_);
+}
+
+// Begins the sums and the schedule of a limit with all packs of one row.
+Splitter::Sums Splitter::add_tails(const Room& room, int32_t horizon) {
+  Sums sums;
+  const int32_t tile = prices_[1].tile;
+  if (longest_tail_ <= room.tokens[tile]) {
+    within_.tokens[tile] = longest_tail_;
+    schedule_.reset_to(whole_tails_);
+    sums = whole_sums_;
+  } else {
+    schedule_.clear();
+    for (int32_t i = 0; i < num_tails_; ++i) add_tail(tails_[i], room, horizon, sums);
+  }
+  if (longest_chain_tail_ > room.tail) {
+    for (int32_t i = 0; i < num_chain_tails_; ++i) {
+      const Tail& tail = chain_tails_[i];
+      if (tail.tokens > room.tail) add_tail(tail, room, horizon, sums);
+    }
+  }
+  return sums;
+}
+
 // false: the pack is no chain under this limit.
 bool Splitter::add_chain(const Packing& packing, const SharedPack& pack, const Room& room,
                          Sums& sums) {
@@ -182,13 +268,8 @@ bool Splitter::add_chain(const Packing& packing, const SharedPack& pack, const R
 // early without changing what Python finds; those of chains may fall, when a tail is separated.
 std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& packing, bool shared,
                                       int64_t give_up_ps) {
-  const int32_t num_rows = tree.num_rows(), num_shared = shared ? packing.num_shared : 0;
+  const int32_t num_shared = shared ? packing.num_shared : 0;
   const int32_t num_chains = shared ? packing.num_chains : 0;
-  const int32_t* lens = tree.lens();
-  const PriceTable::Price& one = prices_[1];
-  const auto tail_start = [&](int32_t row) { return shared ? packing.tail_start[row] : 0; };
-  const auto in_chain = [&](int32_t row) { return num_chains > 0 && packing.in_chain[row]; };
-
   if (num_chains > 0) {
     const Chain& last = packing.chains[num_chains - 1];
     tried_.fit(num_chains);
@@ -196,54 +277,35 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
                    num_chains);  // a piece or more for each row
   }
 
-  // SM time if nothing is cut and partials are free; longest plain pack or tail of each tile.
-  int64_t uncut_ps = 0, longest[kNumTiles] = {};
+  // SM time if nothing is cut and partials are free.
+  int64_t uncut_ps = list_tails(tree, packing, shared);
   for (int32_t i = 0; i < num_shared; ++i) {
     const SharedPack& pack = packing.shared[i];
     const PriceTable::Price& price = prices_[pack.num_rows];
-    const int64_t tokens = pack.end - pack.start;
-    uncut_ps += price.item_ps + tokens * price.token_ps;
+    uncut_ps += price.item_ps + static_cast<int64_t>(pack.end - pack.start) * price.token_ps;
     if (pack.chain >= 0) {
       uncut_ps += packing.chains[pack.chain].below_ps;
       tried_[pack.chain].num_separated = -1;
-    } else {
-      longest[price.tile] = std::max(longest[price.tile], tokens);
     }
   }
-  int64_t num_tails = 0, num_tail_tokens = 0, longest_tail = 0;
-  for (int32_t row = 0; row < num_rows; ++row) {
-    if (in_chain(row)) continue;
-    const int64_t tokens = lens[row] - tail_start(row);
-    ++num_tails;
-    num_tail_tokens += tokens;
-    longest_tail = std::max(longest_tail, tokens);
-  }
-  longest[one.tile] = std::max(longest[one.tile], longest_tail);
-  uncut_ps += num_tails * one.item_ps + num_tail_tokens * one.token_ps;
   const int64_t mean_ps = mul_div(uncut_ps, shape_.num_kv_heads, model_.num_sms);
   if (num_chains == 0 && mean_ps > give_up_ps) return std::nullopt;
 
+  sum_whole_tails();
   std::optional<Split> best;
   for (const int32_t eighths : kWallEighths) {
     const Room room = room_for(mean_ps, eighths);
-    bool any_cut = eighths == 0 || num_chains > 0;
-    for (int32_t k = 0; k < kNumTiles; ++k) any_cut |= longest[k] > room.tokens[k];
-    if (!any_cut) continue;  // equal to no cut at all
+    if (eighths != 0 && decides_as_before(room)) continue;
 
-    schedule_.clear();
-    Sums sums;
+    within_ = {};
+    is_cut_ = false;
+    Sums sums = add_tails(room, packing.horizon);
     for (int32_t i = 0; i < num_shared; ++i) {
       const SharedPack& pack = packing.shared[i];
       if (pack.chain >= 0 && add_chain(packing, pack, room, sums)) continue;
       const int64_t tokens = pack.end - pack.start;
-      const Cut c = cut(tokens, room.tokens[prices_[pack.num_rows].tile]);
+      const Cut c = cut(tokens, prices_[pack.num_rows].tile, room);
       add_chunks(pack.num_rows, c, tokens, true, sums);
-    }
-    for (int32_t row = 0; row < num_rows; ++row) {
-      const int32_t start = tail_start(row), tokens = lens[row] - start;
-      if (in_chain(row) && tokens <= room.tail) continue;
-      const Cut c = cut_tail(tokens, room.tokens[one.tile], packing.horizon);
-      add_chunks(1, c, tokens, start > 0 || c.num_chunks > 1, sums);
     }
     if (sums.parts > shape_.max_parts || sums.items > shape_.max_items) {
       if (num_chains > 0) continue;
@@ -252,7 +314,7 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
     const int64_t predicted_ps = schedule_.predict(shape_.num_kv_heads, model_.num_sms);
     if (!best || predicted_ps < best->predicted_ps) best = Split{predicted_ps, eighths, mean_ps};
     const int64_t balanced_ps = mul_div(sums.work_ps, shape_.num_kv_heads, model_.num_sms);
-    if (num_chains == 0 && balanced_ps >= best->predicted_ps) break;
+    if (num_chains == 0 && (balanced_ps >= best->predicted_ps || balanced_ps > give_up_ps)) break;
   }
   return best;
 }
@@ -268,7 +330,7 @@ void Splitter::apply(const SegmentTree& tree, const Split& split, Packing& packi
   };
   for (int32_t i = 0; i < num_shared; ++i) {
     SharedPack& pack = packing.shared[i];
-    Cut run = cut(pack.end - pack.start, room.tokens[prices_[pack.num_rows].tile]);
+    Cut run = cut(pack.end - pack.start, prices_[pack.num_rows].tile, room);
     if (pack.chain >= 0) {
       const ChainCut c = cut_chain(packing, pack, room);
       if (c.rows_per_item > 0) {
@@ -285,8 +347,7 @@ void Splitter::apply(const SegmentTree& tree, const Split& split, Packing& packi
   for (int32_t row = 0; row < num_rows; ++row) {
     const int32_t tokens = tree.lens()[row] - packing.tail_start[row];
     const bool has_pack = !packing.in_chain[row] || tokens > packing.tail_room;
-    store(num_shared + row,
-          has_pack ? cut_tail(tokens, room.tokens[prices_[1].tile], packing.horizon) : Cut{0, 0});
+    store(num_shared + row, has_pack ? cut_tail(tokens, room, packing.horizon) : Cut{0, 0});
   }
   packing.predicted_ps = split.predicted_ps;
 }

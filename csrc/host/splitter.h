@@ -45,6 +45,11 @@ class Splitter {
     int64_t tail;               // of the longest tail in a chain, which a warp alone may compute
     int64_t span;               // of the steps of a work item, see FragmentLoad
   };
+  /// A tail that a pack of its own may read.
+  struct Tail {
+    int32_t tokens;
+    bool has_parts;  // even when it is not cut
+  };
   struct Cut {
     int32_t chunk;
     int32_t num_chunks;
@@ -77,12 +82,17 @@ class Splitter {
   };
 
   Room room_for(int64_t mean_ps, int32_t eighths) const;
-  static Cut cut(int64_t tokens, int64_t room);
-  static Cut cut_tail(int64_t tokens, int64_t room, int32_t horizon);
+  bool decides_as_before(const Room& room) const;
+  Cut cut(int64_t tokens, int32_t tile, const Room& room);
+  Cut cut_tail(int64_t tokens, const Room& room, int32_t horizon);
+  int64_t list_tails(const SegmentTree& tree, const Packing& packing, bool shared);
   ChainCut cut_chain(const Packing& packing, const SharedPack& pack, const Room& room);
   ChainCut without_steps(const SharedPack& pack, const Room& room, int32_t rows_per_item,
-                         int32_t num_separated) const;
+                         int32_t num_separated);
   int64_t add_chunks(int32_t num_rows, const Cut& cut, int64_t tokens, bool has_parts, Sums& sums);
+  void add_tail(const Tail& tail, const Room& room, int32_t horizon, Sums& sums);
+  void sum_whole_tails();
+  Sums add_tails(const Room& room, int32_t horizon);
   bool add_chain(const Packing& packing, const SharedPack& pack, const Room& room, Sums& sums);
 
   Shape shape_;
@@ -90,7 +100,14 @@ class Splitter {
   const PriceTable& prices_;
   int32_t tried_rows_[kMaxTries];  // rows of a chain's items, widest first
   int32_t num_tries_ = 0;
-  Schedule schedule_;           // of the limit that is tried
+  Schedule schedule_;     // of the limit that is tried
+  Schedule whole_tails_;  // the tails outside of chains when none is cut
+  Sums whole_sums_;       // of these
+  Room within_ = {};      // the most that was held against each limit and found within it
+  bool is_cut_ = false;   // whether something was not, and was cut by the limit
+  Scratch<Tail> tails_, chain_tails_;  // outside of chains, and in chains
+  int32_t num_tails_ = 0, num_chain_tails_ = 0;
+  int64_t longest_tail_ = 0, longest_chain_tail_ = 0;
   Scratch<Tried> tried_;        // [chains]
   Scratch<RowLoad> row_loads_;  // [rows + 1] of every chain, without the separated tails
 };
