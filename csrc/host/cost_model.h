@@ -62,6 +62,7 @@ class PriceTable {
     int64_t token_ps;    // of all groups
     int32_t num_tiles;   // work items a chunk of the pack needs
     int32_t tile;        // first (widest) tile of the pack: the one that decides how it is cut
+    int32_t first_rows;  // from so many rows up to these item_ps and token_ps are the same
     int32_t num_groups;  // 1 or 2
     Group groups[2];
   };
@@ -71,7 +72,11 @@ class PriceTable {
   /// Makes prices of 1..rows rows available to operator[].
   void reserve(int32_t rows) {
     for (auto n = static_cast<int32_t>(prices_.size()); n <= rows; ++n) {
-      prices_.push_back(price_of(static_cast<int64_t>(n) * group_size_));
+      Price price = price_of(static_cast<int64_t>(n) * group_size_);
+      const bool is_same = n > 0 && price.item_ps == prices_[n - 1].item_ps &&
+                           price.token_ps == prices_[n - 1].token_ps;
+      price.first_rows = is_same ? prices_[n - 1].first_rows : n;
+      prices_.push_back(price);
     }
   }
 

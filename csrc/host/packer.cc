@@ -97,7 +97,7 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced,
   Option* options = options_.fit(n);
   for (int32_t u = n - 1; u >= 0; --u) {
     const Segment& segment = tree[u];
-    const int64_t own_rows = own_rows_[u];
+    const int32_t own_rows = own_rows_[u];
     int64_t split_total = own_rows * (one.item_ps + part_ps) + own_tokens_[u] * one.token_ps;
     for (int32_t v = first_child_[u]; v >= 0; v = next_sibling_[v]) {
       split_total += cost_[v * kNumLevels];
@@ -132,15 +132,24 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced,
       int64_t best = candidate();
       int32_t best_segments = 0, best_rows = 0, seen_rows = 0, i = 0;
       const auto take_own_rows = [&] {  // they sort as one group, behind equal segments
+        const auto take = [&](int32_t rows) {
+          total += rows * own_extra;
+          left -= rows;
+          seen_rows += rows;
+        };
         while (seen_rows < own_rows) {
-          total += own_extra;
-          --left;
-          ++seen_rows;
+          // As long as the pack's price stays, each row changes the cost by as much: the best of
+          // these is the first or the last.
+          const int32_t same =
+              std::min<int32_t>(own_rows - seen_rows, left - prices_[left - 1].first_rows);
+          const int32_t tried = own_extra < part_ps ? same : 1;
+          take(tried);
           if (const int64_t now = candidate(); now < best) {
             best = now;
             best_segments = i;
             best_rows = seen_rows;
           }
+          take(same - tried);
         }
       };
       for (; i < num_options;) {
