@@ -86,16 +86,26 @@ void Packer::price_steps(const SegmentTree& tree) {
 }
 
 // Bottom-up: the least cost of every segment and level, and who merges for it. Forced: no row reads
-// a shared run in its own tail.
+// a shared run in its own tail. Without chains comes second: segments that have nothing below cost what
+// they cost without one the first time.
 void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced, bool chains) {
   const int32_t n = tree.size();
   const PriceTable::Price one = prices_[1];
   cost_.fit(n * kNumLevels);
   merged_rows_.fit(n * kNumLevels);
+  plain_cost_.fit(n * kNumLevels);
+  plain_merged_rows_.fit(n * kNumLevels);
   merges_.fill(n, 0);
   starts_chain_.fill(n, 0);
   Option* options = options_.fit(n);
   for (int32_t u = n - 1; u >= 0; --u) {
+    const bool is_leaf = first_child_[u] < 0;
+    if (is_leaf && !chains) {
+      std::copy_n(&plain_cost_[u * kNumLevels], num_levels_[u], &cost_[u * kNumLevels]);
+      std::copy_n(&plain_merged_rows_[u * kNumLevels], num_levels_[u],
+                  &merged_rows_[u * kNumLevels]);
+      continue;
+    }
     const Segment& segment = tree[u];
     const int32_t own_rows = own_rows_[u];
     int64_t split_total = own_rows * (one.item_ps + part_ps) + own_tokens_[u] * one.token_ps;
@@ -165,6 +175,10 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced,
       }
       if (!forced) take_own_rows();
 
+      if (is_leaf) {
+        plain_cost_[u * kNumLevels + j] = best;
+        plain_merged_rows_[u * kNumLevels + j] = best_rows;
+      }
       if (may_chain) {
         const PriceTable::Price& price = prices_[segment.num_rows];
         const int64_t chain = price.item_ps + tokens * price.token_ps + below_ps_[u] +
