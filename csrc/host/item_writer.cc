@@ -61,8 +61,22 @@ void ItemWriter::write(const ItemJob& job) {
   }
 }
 
-void ItemWriter::add_item(int32_t created, int32_t tile, int64_t weight, const Item& item) {
-  items_[created] = item;
+// Word by word from registers: a copy of an item that was just put together would wait for its words
+// to reach memory.
+void ItemWriter::add_item(int32_t created, int32_t tile, int64_t weight, const ItemRows& rows,
+                          const ItemRun& run) {
+  int32_t* words = items_[created].words;
+  words[kItemFirstEntry] = rows.first_entry;
+  words[kItemHeadOffset] = rows.head_offset;
+  words[kItemQueryRows] = rows.query_rows;
+  words[kItemFirstSlot] = run.first_slot;
+  words[kItemFirstLength] = run.first_length;
+  words[kItemNextRun] = run.next_run;
+  words[kItemBeyond] = run.beyond;
+  words[kItemTailPosition] = run.tail_position;
+  words[kItemFirstFragment] = rows.first_fragment;
+  words[kItemTailRow] = run.tail_row;
+  std::fill(words + kItemTailRow + 1, words + kItemWords, 0);
   keys_[created] = item_key(tile, weight, created);
   ++tile_count_[tile];
 }
@@ -108,11 +122,14 @@ void ItemWriter::add_pack(const ItemJob& job, const Range& range, const int32_t*
     const int64_t beyond = std::max<int64_t>(begin - a, 0);
     const int64_t planned = std::max<int64_t>(std::min(b, range.end) - a, 0);
     const int64_t query_rows = static_cast<int64_t>(num_rows) * group_size_;
-    Item item = {{first_entry, 0, 0, static_cast<int32_t>(slot + first - begin),
-                  static_cast<int32_t>(b - first), beyond > 0 ? above : -1,
-                  static_cast<int32_t>(beyond), tail_position, -1, tail_row, 0, 0}};
+    const ItemRun run{.first_slot = static_cast<int32_t>(slot + first - begin),
+                      .first_length = static_cast<int32_t>(b - first),
+                      .next_run = beyond > 0 ? above : -1,
+                      .beyond = static_cast<int32_t>(beyond),
+                      .tail_position = tail_position,
+                      .tail_row = tail_row};
     if (c == num_plain) {
-      add_chain(job, *range.chain, rows, num_rows, item, planned);
+      add_chain(job, *range.chain, rows, num_rows, first_entry, run, planned);
       continue;
     }
     int64_t left = query_rows;
@@ -121,10 +138,8 @@ void ItemWriter::add_pack(const ItemJob& job, const Range& range, const int32_t*
       const int32_t tile =
           left >= kTiles[kNumTiles - 1].rows ? kNumTiles - 1 : PriceTable::tile_for(left);
       const auto count = static_cast<int32_t>(std::min<int64_t>(kTiles[tile].rows, left));
-      item.words[kItemFirstEntry] = first_entry + first_row;
-      item.words[kItemHeadOffset] = head_offset;
-      item.words[kItemQueryRows] = count;
-      add_item(first_item + c * price.num_tiles + t, tile, planned, item);
+      add_item(first_item + c * price.num_tiles + t, tile, planned,
+               {first_entry + first_row, head_offset, count, -1}, run);
       planned_tokens_ += planned;
       // All work items of a pack but the last have the largest tile.
       left -= count;
@@ -153,15 +168,19 @@ void ItemWriter::add_whole_tail(const ItemJob& job, int32_t row) {
   entry[kEntryRow] = row;
   entry[kEntryPart] = job.next_part[row];
   add_item(num_items_++, PriceTable::tile_for(group_size_), end - start,
-           {{num_entries_++, 0, group_size_, job.tail_slot[row] + first - begin,
-             end + job.packing.horizon - first, beyond > 0 ? tree.home(row) : -1, beyond, first, -1,
-             row, 0, 0}});
+           {num_entries_++, 0, group_size_, -1},
+           {.first_slot = job.tail_slot[row] + first - begin,
+            .first_length = end + job.packing.horizon - first,
+            .next_run = beyond > 0 ? tree.home(row) : -1,
+            .beyond = beyond,
+            .tail_position = first,
+            .tail_row = row});
   planned_tokens_ += end - start;
 }
 
-// The work items of a chain; `item` is one that has all its rows.
+// The work items of a chain, which share `run`.
 void ItemWriter::add_chain(const ItemJob& job, const Chain& chain, const int32_t* rows,
-                           int32_t num_rows, Item item, int64_t planned) {
+                           int32_t num_rows, int32_t first_entry, ItemRun run, int64_t planned) {
   const Piece* pieces = job.packing.pieces.data() + chain.first_piece;
   const int64_t tail_room = job.packing.tail_room;
   const FragmentGrid grid(group_size_, num_rows, chain.rows_per_item);
@@ -169,7 +188,6 @@ void ItemWriter::add_chain(const ItemJob& job, const Chain& chain, const int32_t
   sum_pieces(pieces, chain.num_pieces, tail_room, num_rows, row_loads);
   int32_t* next_step = next_step_.fit(grid.num_fragments());
   int32_t* fragments = job.fragments + static_cast<int64_t>(kFragmentWords) * num_fragments_;
-  const int32_t first_entry = item.words[kItemFirstEntry];
   for (int32_t i = 0; i < grid.num_items(); ++i) {
     const FragmentLoad load = grid.load_of(row_loads, i, [&](int32_t f, int32_t steps) {
       fragments[kFragmentWords * f + kFragmentFirstStep] = next_step[f] = num_steps_;
@@ -177,10 +195,10 @@ void ItemWriter::add_chain(const ItemJob& job, const Chain& chain, const int32_t
       num_steps_ += steps;
     });
     const int32_t query_rows = grid.rows_of(i) * group_size_;
-    item.words[kItemFirstEntry] = first_entry + grid.first_row(i);
-    item.words[kItemQueryRows] = query_rows;
-    item.words[kItemFirstFragment] = num_fragments_ + grid.first_fragment(i);
-    add_item(num_items_++, PriceTable::tile_for(query_rows), planned + load.span, item);
+    add_item(
+        num_items_++, PriceTable::tile_for(query_rows), planned + load.span,
+        {first_entry + grid.first_row(i), 0, query_rows, num_fragments_ + grid.first_fragment(i)},
+        run);
     planned_tokens_ += planned + load.tokens;
   }
   num_chain_items_ += grid.num_items();

@@ -45,6 +45,13 @@ class ItemWriter {
   struct Item {
     int32_t words[kItemWords];
   };
+  /// The words of an item that say which rows it has, and those that say what all of them read.
+  struct ItemRows {
+    int32_t first_entry, head_offset, query_rows, first_fragment;
+  };
+  struct ItemRun {
+    int32_t first_slot, first_length, next_run, beyond, tail_position, tail_row;
+  };
   /// A pack; the common part of shared packs and tails.
   struct Range {
     int64_t start, end;
@@ -56,8 +63,9 @@ class ItemWriter {
   void add_pack(const ItemJob& job, const Range& range, const int32_t* rows, int32_t num_rows);
   void add_whole_tail(const ItemJob& job, int32_t row);
   void add_chain(const ItemJob& job, const Chain& chain, const int32_t* rows, int32_t num_rows,
-                 Item item, int64_t planned);
-  void add_item(int32_t created, int32_t tile, int64_t weight, const Item& item);
+                 int32_t first_entry, ItemRun run, int64_t planned);
+  void add_item(int32_t created, int32_t tile, int64_t weight, const ItemRows& rows,
+                const ItemRun& run);
   void sort(int32_t num_items);
 
   int32_t group_size_;
