@@ -61,10 +61,10 @@ void ItemWriter::write(const ItemJob& job) {
   }
 }
 
-// Word by word from registers: a copy of an item that was just put together would wait for its words
-// to reach memory.
-void ItemWriter::add_item(int32_t created, int32_t tile, int64_t weight, const ItemRows& rows,
-                          const ItemRun& run) {
+// Word by word from registers: a copy of an item that was just put together would wait for its
+// words to reach memory.
+inline void ItemWriter::add_item(int32_t created, int32_t tile, int64_t weight,
+                                 const ItemRows& rows, const ItemRun& run) {
   int32_t* words = items_[created].words;
   words[kItemFirstEntry] = rows.first_entry;
   words[kItemHeadOffset] = rows.head_offset;

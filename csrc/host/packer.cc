@@ -86,8 +86,8 @@ void Packer::price_steps(const SegmentTree& tree) {
 }
 
 // Bottom-up: the least cost of every segment and level, and who merges for it. Forced: no row reads
-// a shared run in its own tail. Without chains comes second: segments that have nothing below cost what
-// they cost without one the first time.
+// a shared run in its own tail. Without chains comes second: a segment with nothing below costs what
+// it cost the first time as a plain pack.
 void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced, bool chains) {
   const int32_t n = tree.size();
   const PriceTable::Price one = prices_[1];

@@ -41,8 +41,8 @@ Splitter::Room Splitter::room_for(int64_t mean_ps, int32_t eighths) const {
   return room;
 }
 
-// Whether a limit, lower than the last one that was tried, leads to the same cuts: what was beyond the
-// last one is beyond this one, so only what was within may differ, and the sizes of chunks.
+// Whether a limit, lower than the last one that was tried, leads to the same cuts: what was beyond
+// the last one is beyond this one, so only what was within may differ, and the sizes of chunks.
 bool Splitter::decides_as_before(const Room& room) const {
   bool same = !is_cut_ && within_.tail <= room.tail && within_.span <= room.span;
   for (int32_t k = 0; k < kNumTiles; ++k) same &= within_.tokens[k] <= room.tokens[k];
@@ -184,8 +184,8 @@ int64_t Splitter::add_chunks(int32_t num_rows, const Cut& cut, int64_t tokens, b
   return sum_ps;
 }
 
-// Lists the tails outside of chains, and those in chains, which a limit may separate. Returns the SM
-// time of the former if none is cut and partials are free.
+// Lists the tails outside of chains, and those in chains, which a limit may separate. Returns the
+// SM time of the former if none is cut and partials are free.
 int64_t Splitter::list_tails(const SegmentTree& tree, const Packing& packing, bool shared) {
   const int32_t num_rows = tree.num_rows();
   const bool any_chain = shared && packing.num_chains > 0;
@@ -265,7 +265,8 @@ bool Splitter::add_chain(const Packing& packing, const SharedPack& pack, const R
 }
 
 // As limits fall, work, partials and items of plain packs and tails never fall, so the search ends
-// early without changing what Python finds; those of chains may fall, when a tail is separated.
+// early, also at the plan to beat, without changing what Python finds; those of chains may fall,
+// when a tail is separated.
 std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& packing, bool shared,
                                       int64_t give_up_ps) {
   const int32_t num_shared = shared ? packing.num_shared : 0;
