@@ -56,15 +56,15 @@ class Packer {
 
   // By segment. Levels: how many segments further up the pack may start.
   Scratch<int32_t> first_child_, next_sibling_, own_rows_, num_levels_, level_;
-  Scratch<int64_t> own_tokens_;   // tail tokens of the own rows
-  Scratch<int32_t> starts_;       // [segments, kNumLevels]
-  Scratch<int64_t> cost_;         // [segments, kNumLevels]
-  Scratch<int32_t> merged_rows_;  // [segments, kNumLevels], own rows that merge
-  Scratch<int64_t> plain_cost_;   // the same if the pack is no chain, of segments without children
-  Scratch<int32_t> plain_merged_rows_;
-  Scratch<uint8_t> merges_;            // bit j: merges when the parent is at level j
-  Scratch<int32_t> pack_above_;        // next pack of a row that is in this one
-  Scratch<int32_t> inflow_, pack_at_;  // rows arriving from below; index of the pack, by segment
+  Scratch<int64_t> own_tokens_;         // tail tokens of the own rows
+  Scratch<int32_t> starts_;             // [segments, kNumLevels]
+  Scratch<int64_t> cost_;               // [segments, kNumLevels]
+  Scratch<int32_t> merged_rows_;        // [segments, kNumLevels], own rows that merge
+  Scratch<int64_t> plain_cost_;         // cost_ if the pack is no chain; of leaves only
+  Scratch<int32_t> plain_merged_rows_;  // merged_rows_ then
+  Scratch<uint8_t> merges_;             // bit j: merges when the parent is at level j
+  Scratch<int32_t> pack_above_;         // next pack of a row that is in this one
+  Scratch<int32_t> inflow_, pack_at_;   // rows arriving from below; index of the pack, by segment
   Scratch<int32_t> own_seen_, cursor_;
   Scratch<Option> options_;
 
