@@ -8,14 +8,16 @@ Requests live in SGLang's own RadixCache: one prompt that all share, below it 8 
 (--levels 4) 8 groups each, and at last private tokens. Steps go the way of a CUDA-graph replay:
 the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a PAT backend.
 
-- changed: one request has left the batch and another has joined it, in a new list, as filter_batch
-  and merge_batch make it
+- changed: one request has finished and a new one, with private tokens that nobody has seen, has
+  joined the batch, in a new list, as filter_batch and merge_batch make it
+- changed, another shape: the new request's prompt goes on as one of a request that is gone and then
+  differs, which splits that one's node. The tracker's forest cannot be kept and is made anew
 - unchanged: the same list, every request one token longer; its first part ends where the fill
   kernel is launched
 
-Launching the kernel is part of the host's time on a GPU; on a CPU there is nothing to launch.
-Device time is that of the upload and the fill kernel, queued behind a long kernel so that no gap
-of the host's counts.
+Serving the new request is no part of a step. Launching the kernel is part of the host's time on a
+GPU; on a CPU there is nothing to launch. Device time is that of the upload and the fill kernel,
+queued behind a long kernel so that no gap of the host's counts.
 
 Writes results/bench_host-<gpu>.jsonl, a line a measure.
 """
@@ -48,7 +50,8 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 FAN_OUT = 8
 ROOT_TOKENS, GROUP_TOKENS, PRIVATE_TOKENS = 1024, 256, (64, 192)
 GROWTH = 32  # tokens every request has decoded; the steps that are timed walk through them
-SPARES = 8  # requests that wait to join
+MIDDLE_TOKENS = 32  # of the node that a request of another shape brings
+SPARE_SLOTS = 4096  # for requests that are gone, until they are evicted
 SPIN_CYCLES = 4_000_000  # of the kernel that device work is queued behind
 KEY = ("rows", "levels", "measure")
 
@@ -86,25 +89,6 @@ class Kernels:
             self.kernels.fill(*args)
 
 
-def prompts(rows: int, levels: int) -> list[list[int]]:
-    """Token ids of every request; no two nodes of the tree have a token in common."""
-    fresh = count()
-    made: dict[tuple[int, int], list[int]] = {}
-
-    shortest, longest = PRIVATE_TOKENS
-    found = []
-    for row in range(rows):
-        tokens: list[int] = []
-        for level in range(levels - 1):
-            node = (level, row % FAN_OUT**level)
-            if node not in made:
-                made[node] = list(islice(fresh, GROUP_TOKENS if level else ROOT_TOKENS))
-            tokens += made[node]
-        private = shortest + row * 37 % (longest - shortest)
-        found.append([*tokens, *islice(fresh, private)])
-    return found
-
-
 class Bed:
     """A batch in a real prefix tree, and a PAT backend as the server builds it."""
 
@@ -117,16 +101,15 @@ class Bed:
         from pat_sglang.plugin.feed import on_init_new
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokens = prompts(rows + SPARES, levels)
-        context = max(map(len, tokens)) + GROWTH
-        slots = sum(map(len, tokens)) + len(tokens) * GROWTH
-        self.scheduler = MiniScheduler(
-            rows=len(tokens), context=context, slots=slots, device=device
-        )
-        served = [self.scheduler.serve(of) for of in tokens]
-        for _ in range(GROWTH):
-            self.scheduler.decode(served)
-        self.reqs, self.spares = served[:rows], served[rows:]
+        self.served = 0
+        self.fresh = count()  # token ids; no two nodes of the tree have one in common
+        shared = self.shared_prompts(levels)
+        self.shared_tokens = len(shared[0])
+        context = self.shared_tokens + MIDDLE_TOKENS + PRIVATE_TOKENS[1] + GROWTH
+        slots = len(shared) * self.shared_tokens + rows * (context - self.shared_tokens)
+        slots += SPARE_SLOTS
+        self.scheduler = MiniScheduler(rows=rows, context=context, slots=slots, device=device)
+        self.reqs = [self.serve(shared[row % len(shared)]) for row in range(rows)]
 
         layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=0)
         pool = MHATokenToKVPool(
@@ -140,12 +123,36 @@ class Bed:
         self.words = np.empty_like(self.planner._ring_words[0])
         self.hook, self.levels, self.steps = on_init_new, levels, 0
 
-    def replace_one(self) -> None:
-        """filter_batch, then merge_batch."""
+    def new(self, tokens: int) -> list[int]:
+        return list(islice(self.fresh, tokens))
+
+    def shared_prompts(self, levels: int) -> list[list[int]]:
+        """What the requests of each lowest group share."""
+        found = [self.new(ROOT_TOKENS)]
+        for _ in range(levels - 2):
+            found = [above + self.new(GROUP_TOKENS) for above in found for _ in range(FAN_OUT)]
+        return found
+
+    def serve(self, shared: list[int]) -> Any:
+        """A request with private tokens of its own, which has decoded for a while."""
+        shortest, longest = PRIVATE_TOKENS
+        self.served += 1
+        private = shortest + self.served * 37 % (longest - shortest)
+        req = self.scheduler.serve(shared + self.new(private))
+        for _ in range(GROWTH):
+            self.scheduler.decode([req])
+        return req
+
+    def replace_one(self, middle: bool = False) -> None:
+        """One request finishes and a new one of the same group joins, as told at the top."""
         victim = self.reqs[self.steps * 7 % len(self.reqs)]
-        self.reqs = [req for req in self.reqs if req is not victim]
-        self.reqs = self.reqs + [self.spares.pop(0)]  # noqa: RUF005 - as merge_batch
-        self.spares.append(victim)
+        self.scheduler.finish(victim)
+        prompt = list(victim.origin_input_ids[: self.shared_tokens])
+        if middle:
+            prompt += self.new(MIDDLE_TOKENS)
+            self.scheduler.finish(self.scheduler.serve(prompt + self.new(1)))
+        self.reqs = [req for req in self.reqs if req is not victim]  # filter_batch
+        self.reqs = self.reqs + [self.serve(prompt)]  # noqa: RUF005 - as merge_batch
 
     def batches(self) -> tuple[Any, Any]:
         """The ScheduleBatch of the next step, and the ForwardBatch that a replay gets."""
@@ -179,6 +186,11 @@ class Bed:
     def changed(self) -> Step:
         """A step of a changed batch."""
         self.replace_one()
+        return self.step()
+
+    def reshaped(self) -> Step:
+        """A step of a changed batch, whose new request brings a node of another shape."""
+        self.replace_one(middle=True)
         return self.step()
 
     def unchanged(self) -> Step:
@@ -223,10 +235,12 @@ def measure(bed: Bed, steps: int) -> list[common.Row]:
     changed = [bed.changed() for _ in range(steps)]
     planner = [bed.plan_us() for _ in range(steps)]
     unchanged = [bed.unchanged() for _ in range(steps)]
+    reshaped = [bed.reshaped() for _ in range(steps)]
     rows = [
         row_of("changed: structure", 100, [s.structure for s in changed]),
         row_of("changed: planning", 150, [s.planning for s in changed]),
         row_of("  of it the C++ planner", None, planner),
+        row_of("changed, another shape: structure", None, [s.structure for s in reshaped]),
         row_of("unchanged: structure", None, [s.structure for s in unchanged]),
         row_of("unchanged: until launch", 15, [s.structure + s.until_launch for s in unchanged]),
         row_of("unchanged: altogether", 30, [s.structure + s.planning for s in unchanged]),
@@ -270,12 +284,12 @@ def main() -> None:
         f"{stats.shared_segments} shared segments packed, {stats.tokens_saved} of "
         f"{stats.unshared_tokens} KV tokens saved"
     )
-    print(f"{'us a step':<28}{'median':>8}{'p99':>8}{'limit':>7}")
+    print(f"{'us a step':<34}{'median':>8}{'p99':>8}{'limit':>7}")
     for row in rows:
         limit = row["limit_us"]
         verdict = "" if limit is None or row["median_us"] <= limit else "  over"
         print(
-            f"{row['measure']:<28}{row['median_us']:8.1f}{row['p99_us']:8.1f}"
+            f"{row['measure']:<34}{row['median_us']:8.1f}{row['p99_us']:8.1f}"
             f"{'' if limit is None else limit:>7}{verdict}"
         )
     provenance = common.provenance()

@@ -15,8 +15,10 @@ Families, each a base server and one with `--attention-backend pat` on that base
 - `dp`: data-parallel attention on two GPUs, where there are two
 
 After each operation the same requests come again: one by one, greedy tokens equal to those before
-it; and all at once, log-probabilities as close to those before it as a decode kernel and the base's
-prefill are to each other (rounding depends on the batch). The counters must show shared segments.
+it; and all at once, log-probabilities close to those before it while the tokens are equal (rounding
+depends on the batch). Every answer is also rescored to its end: a prefill of the same tokens, which
+is always the base's kernels' work, must find the log-probabilities that decoding found as nearly as
+it finds those that the base decoded. The counters must show shared segments.
 
 Writes results/features_check-<gpu>.json, and $OUT/ the same when set. Server logs stay in a
 temporary folder; the ends of those that failed are printed.
@@ -43,6 +45,7 @@ from gpu_common import Row
 from gpu_serving_check import (
     P99_FACTOR,
     P99_MARGIN,
+    RESCORED_MEAN_FACTOR,
     START_PATIENCE_S,
     Answer,
     Scored,
@@ -76,19 +79,21 @@ class Controlled(Scored):
 
 
 class Questions:
-    """The requests, and what a server answered first."""
+    """The requests of a family, and how far the base's decoding is from its own prefill."""
 
-    def __init__(self, workload: Workload, options: argparse.Namespace) -> None:
+    def __init__(self, workload: Workload, new_tokens: int, cpu: bool) -> None:
         self.workload, self.prompts = workload, workload.prompts
-        self.counts = [options.new_tokens] * len(self.prompts)
-        self.cpu = options.dry_run
-        self.noise = 0.0  # p99 of the base's decode kernels against its own prefill
+        self.counts = [new_tokens] * len(self.prompts)
+        self.p99_margin, self.mean_margin = (1e-3, 1e-4) if cpu else (P99_MARGIN, 0.0)
+        self.cpu = cpu
+        self.own: Row = {}  # the base's answers, rescored by itself
 
-    def calibrate(self, base: Controlled) -> list[Answer]:
+    def calibrate(self, base: Controlled, **options: Any) -> list[Answer]:
         """The base's answers, and the noise in them."""
-        answers = self.at_once(base)
-        few = [Answer(a.tokens[:16], a.logprobs[:16], a.cached) for a in answers]
-        self.noise = distribution(self.workload.rescore(base, few)).get("p99", 0.0)
+        answers = self.at_once(base, **options)
+        self.own = self.rescored(base, answers, **options)
+        if "p99" not in self.own:
+            raise RuntimeError(f"{base.name}: log-probabilities are not finite")
         return answers
 
     def one_by_one(self, server: Controlled) -> list[Answer]:
@@ -101,15 +106,57 @@ class Questions:
         server.flush()
         return server.generate(self.prompts, self.counts, **options)
 
-    def distance(self, left: Sequence[Answer], right: Sequence[Answer]) -> Row:
-        """Of log-probabilities over common beginnings, with `problem` when it is too long."""
+    def rescored(self, server: Controlled, answers: Sequence[Answer], **options: Any) -> Row:
+        """Distances of whole answers to a prefill that reuses nothing of what served them."""
+        server.flush()
+        return distribution(self.workload.rescore(server, answers, **options))
+
+    def apart(self, left: Sequence[Answer], right: Sequence[Answer]) -> Row:
+        """Distances of log-probabilities over common beginnings."""
         row = compare(left, right)
-        bound = P99_FACTOR * self.noise + (1e-3 if self.cpu else P99_MARGIN)
-        if "p99" not in row:
-            row["problem"] = "log-probabilities are not finite"
-        elif row["p99"] > bound:
-            row["problem"] = f"p99 {row['p99']:.2e} is above {bound:.2e}"
+        return {**row, "problems": self._beyond(row, "common beginnings")}
+
+    def check(
+        self,
+        before: Sequence[Answer],
+        answers: Sequence[Answer],
+        by: Controlled,
+        *,
+        short: bool = False,
+        **options: Any,
+    ) -> Row:
+        """Whether these are right answers, each to its end.
+
+        Args:
+            before: answers to the same questions, compared over common beginnings.
+            answers: to the first prompts.
+            by: the server whose prefill rescores them.
+            short: they may have been cut short.
+            options: of the requests.
+        """
+        row = self.apart(before, answers)
+        rescored = self.rescored(by, answers, **options)
+        row.update({f"rescored_{k}": v for k, v in rescored.items() if k not in ("p50", "max")})
+        row["problems"] += self._beyond(rescored, "rescored")
+        bound = RESCORED_MEAN_FACTOR * self.own["mean"] + self.mean_margin
+        # Over far fewer tokens than the base's the mean is noise itself; the p99 has a margin.
+        enough = rescored["count"] >= self.own["count"] / 2
+        if enough and rescored.get("mean", 0.0) > bound:
+            row["problems"].append(f"rescored: mean {rescored['mean']:.2e} is above {bound:.2e}")
+        cut = sum(len(a.tokens) < len(b.tokens) for a, b in zip(answers, before, strict=True))
+        if short:
+            row["cut_short"] = cut
+        elif cut:
+            row["problems"].append(f"{cut} answers were cut short")
         return row
+
+    def _beyond(self, row: Row, what: str) -> list[str]:
+        bound = P99_FACTOR * self.own["p99"] + self.p99_margin
+        if not row["count"]:
+            return [f"{what}: nothing to compare"]
+        if "p99" not in row:
+            return [f"{what}: log-probabilities are not finite"]
+        return [f"{what}: p99 {row['p99']:.2e} is above {bound:.2e}"] * (row["p99"] > bound)
 
 
 class Checks:
@@ -119,22 +166,24 @@ class Checks:
         self.server, self.questions, self.model = server, questions, model
         self.solo = questions.one_by_one(server)
         self.batch = questions.at_once(server)
-        self.rows: Row = {}
+        self.rows: Row = {"one by one": questions.check(self.solo, self.solo, server)}
 
     def after(self, name: str, **facts: Any) -> None:
         """The same answers as before all operations?"""
-        solo = self.questions.one_by_one(self.server)
+        questions, server = self.questions, self.server
+        solo = questions.one_by_one(server)
         equal = sum(a.tokens == b.tokens for a, b in zip(solo, self.solo, strict=True))
-        row = self.questions.distance(self.batch, self.questions.at_once(self.server))
+        row = questions.check(self.batch, questions.at_once(server), server)
+        row["problems"] += questions.apart(self.solo, solo)["problems"]
         row.update(solo_equal=equal, solo=len(solo), **facts)
         if equal < len(solo):
-            row["problem"] = f"{len(solo) - equal} of {len(solo)} lone answers changed"
+            row["problems"].append(f"{len(solo) - equal} of {len(solo)} lone answers changed")
         self.rows[name] = row
 
     def samples(self) -> None:
         answers = self.questions.at_once(self.server, samples=2)
         for which in (0, 1):
-            row = self.questions.distance(self.batch, answers[which::2])
+            row = self.questions.check(self.batch, answers[which::2], self.server)
             self.rows[f"sample {which + 1} of 2"] = row
 
     def paused(self, name: str, mode: str, action: Callable[[], None] = lambda: None) -> None:
@@ -157,13 +206,14 @@ class Checks:
             finally:  # or the requests never end
                 server.order("continue_generation", torch_empty_cache=not questions.cpu)
             answers = asked.result()
-        row = questions.distance(self.batch, answers)
-        cut = sum(len(a.tokens) < n for a, n in zip(answers, questions.counts, strict=True))
-        row.update(cut_short=cut, midway=midway)
+        row = questions.check(self.batch, answers, server, short=mode == "abort")
         if mode == "abort":
-            midway = cut > 0  # the pause returns when the answers have ended
-        if not midway or not still:
-            row["problem"] = "not paused midway" if still else "forwards went on"
+            midway = row["cut_short"] > 0  # the pause returns when the answers have ended
+        row["midway"] = midway
+        if not midway:
+            row["problems"].append("not paused midway")
+        if not still:
+            row["problems"].append("forwards went on")
         self.rows[f"{name}, midway"] = row
         self.after(name)
 
@@ -182,7 +232,7 @@ class Checks:
         self.after("released and resumed", freed_mib=freed)
         row = self.rows["released and resumed"]
         if not self.questions.cpu and freed < full / 2:  # nearly all of it is the KV cache
-            row["problem"] = f"only {freed} of {full} MiB were freed"
+            row["problems"].append(f"only {freed} of {full} MiB were freed")
 
     def run(self) -> Row:
         self.after("flushed")
@@ -269,10 +319,10 @@ class Family:
         self.result.setdefault("ready_s", {})[server.name] = round(seconds)
         return server
 
-    def run(self, measure: Callable[[Family], None]) -> Row:
+    def run(self, measure: Callable[[Family, Questions], None], questions: Questions) -> Row:
         begin = time.monotonic()
         try:
-            measure(self)
+            measure(self, questions)
         except Exception as error:
             self.result.setdefault("problems", []).append(f"{type(error).__name__}: {error}"[:400])
             for server in self.started:
@@ -282,11 +332,12 @@ class Family:
             for server in self.started:
                 server.stop()
         self.result["seconds"] = round(time.monotonic() - begin)
+        self.result["own"] = questions.own
         self.show()
         return self.result
 
     def conclude(self, pat: Controlled, rows: Row, *more: str) -> None:
-        problems = [f"{name}: {row['problem']}" for name, row in rows.items() if "problem" in row]
+        problems = [f"{name}: {found}" for name, row in rows.items() for found in row["problems"]]
         state = pat.pat_state()
         state.pop("best_plan", None)
         self.result.update(
@@ -295,8 +346,10 @@ class Family:
 
     def show(self) -> None:
         print(f"\n{self.name}: {self.result['seconds']} s, ready {self.result.get('ready_s')}")
-        for name, row in self.result.get("checks", {}).items():
-            shown = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
+        rows = {"the base's own, rescored": self.result["own"], **self.result.get("checks", {})}
+        for name, row in rows.items():
+            told = {k: v for k, v in row.items() if k != "problems"}  # those come at the end
+            shown = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in told.items()}
             print(f"  {name:<36} {shown}")
         if sizes := self.result.get("max_total_num_tokens"):
             print(f"  max_total_num_tokens {sizes}")
@@ -316,36 +369,36 @@ def measure_main(family: Family, questions: Questions) -> None:
     pat = family.ready(family.start(with_pat=True))
     sizes["pat"] = pat.pool_size()
     checks = Checks(pat, questions, family.options.model)
-    checks.rows["as the base"] = questions.distance(expected, checks.batch)
+    checks.rows["as the base"] = questions.check(expected, checks.batch, pat)
     rows = checks.run()
-    family.result.update(max_total_num_tokens=sizes, noise_p99=questions.noise)
+    family.result.update(max_total_num_tokens=sizes)
     differ = sizes["base"] != sizes["pat"]
     family.conclude(pat, rows, *([f"max_total_num_tokens differ: {sizes}"] if differ else []))
 
 
-def both(family: Family, questions: Questions) -> tuple[Controlled, Controlled]:
+def both(family: Family) -> tuple[Controlled, Controlled]:
     servers = [family.start(with_pat) for with_pat in (False, True)]
     base, pat = map(family.ready, servers)
-    if not questions.noise:  # without the family `main`
-        questions.calibrate(base)
     return base, pat
 
 
 def measure_lora(family: Family, questions: Questions) -> None:
-    base, pat = both(family, questions)
+    base, pat = both(family)
     names = [("tuned", None)[i // 2 % 2] for i in range(len(questions.prompts))]
-    expected, answers = (questions.at_once(s, lora_path=names) for s in (base, pat))
+    expected = questions.calibrate(base, lora_path=names)
+    answers = questions.at_once(pat, lora_path=names)
     plain = questions.at_once(pat)
-    rows = {"as the base": questions.distance(expected, answers)}
+    rows = {"as the base": questions.check(expected, answers, base, lora_path=names)}
     tuned = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(answers, plain, strict=True)]
     if not max(d for d, name in zip(tuned, names, strict=True) if name) > 0.05:
-        rows["as the base"]["problem"] = "the adapter changed nothing"
+        rows["as the base"]["problems"].append("the adapter changed nothing")
     family.conclude(pat, rows)
 
 
 def measure_hicache(family: Family, questions: Questions) -> None:
     """Other requests push the shared prefixes out to the host; then they are asked for again."""
-    base, pat = both(family, questions)
+    base, pat = both(family)
+    questions.calibrate(base)
     longest = max(questions.prompts, key=len)
     count = SMALL_POOL // len(longest) + 1
     fillers = [longest[k:] + longest[:k] for k in range(1, count + 1)]
@@ -355,21 +408,22 @@ def measure_hicache(family: Family, questions: Questions) -> None:
         for filler in fillers:
             server.generate([filler], [4])
         answers = server.generate(questions.prompts, questions.counts)
-        row = questions.distance(before, answers)
+        row = questions.check(before, answers, base)
         row["from_host"] = sum(answer.from_host for answer in answers)
         if not row["from_host"]:
-            row["problem"] = "nothing came back from the host"
+            row["problems"].append("nothing came back from the host")
         rows[f"evicted and loaded back, {server.name}"] = row
         if server is base:
             expected = answers
-    rows["as the base"] = questions.distance(expected, answers)
+    rows["as the base"] = questions.check(expected, answers, base)
     family.conclude(pat, rows)
 
 
 def measure_dp(family: Family, questions: Questions) -> None:
-    base, pat = both(family, questions)
-    expected, answers = (questions.at_once(server) for server in (base, pat))
-    family.conclude(pat, {"as the base": questions.distance(expected, answers)})
+    base, pat = both(family)
+    expected = questions.calibrate(base)
+    answers = questions.at_once(pat)
+    family.conclude(pat, {"as the base": questions.check(expected, answers, base)})
 
 
 def gpu_count() -> int:
@@ -404,7 +458,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="pat-features-"))
     adapter = folder / "adapter"
     smollm2.make_adapter(adapter)
-    questions = Questions(Workload(options.model, options.answers), options)
+    workload = Workload(options.model, options.answers)
     wanted = options.families or (
         ["main", "lora"]
         if options.dry_run
@@ -428,18 +482,24 @@ def main() -> None:
         "hicache": [*small, *hicache],
         "dp": [*small, *pool, *dp],
     }
-    measures: dict[str, Callable[[Family], None]] = {
-        "main": lambda family: measure_main(family, questions),
-        "lora": lambda family: measure_lora(family, questions),
-        "hicache": lambda family: measure_hicache(family, questions),
-        "dp": lambda family: measure_dp(family, questions),
+    measures: dict[str, Callable[[Family, Questions], None]] = {
+        "main": measure_main,
+        "lora": measure_lora,
+        "hicache": measure_hicache,
+        "dp": measure_dp,
     }
+
+    def run(family: Family) -> Row:
+        return family.run(
+            measures[family.name], Questions(workload, options.new_tokens, options.dry_run)
+        )
+
     families = {name: Family(name, options, folder, *arguments[name]) for name in wanted}
     results: list[Row] = []
     if main_family := families.pop("main", None):  # alone: it measures the default fraction
-        results.append(main_family.run(measures["main"]))
+        results.append(run(main_family))
     with ThreadPoolExecutor(max(len(families), 1)) as threads:
-        results += threads.map(lambda family: family.run(measures[family.name]), families.values())
+        results += threads.map(run, families.values())
     report = {
         "model": options.model.name,
         "answers": options.answers,

@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -82,28 +83,35 @@ class Scored(Server):
         body |= options
         answers = []
         for reply in self.call("/generate", body):
-            logprobs, tokens, *_ = zip(*reply["meta_info"]["output_token_logprobs"], strict=True)
+            # An aborted request may have none; JSON has no NaN, which arrives as null.
+            entries = reply["meta_info"]["output_token_logprobs"]
+            tokens = [entry[1] for entry in entries]
+            logprobs = [math.nan if entry[0] is None else entry[0] for entry in entries]
             cached = reply["meta_info"].get("cached_tokens", 0)
             host = (reply["meta_info"].get("cached_tokens_details") or {}).get("host", 0)
-            answers.append(Answer(list(tokens), list(logprobs), cached, host))
+            answers.append(Answer(tokens, logprobs, cached, host))
         return answers
 
-    def score(self, inputs: list[list[int]], starts: list[int]) -> list[list[float]]:
+    def score(
+        self, inputs: list[list[int]], starts: list[int], **options: Any
+    ) -> list[list[float]]:
         """Log-probabilities of each input's tokens from `start` + 1 on, by prefill."""
         body = {
             "input_ids": inputs,
             "sampling_params": {"temperature": 0, "max_new_tokens": 1},
             "return_logprob": True,
             "logprob_start_len": starts,
+            **options,
         }
         scores = []
         replies = self.call("/generate", body)
         for reply, tokens, start in zip(replies, inputs, starts, strict=True):
             wanted = tokens[start + 1 :]  # the first position has no predecessor to be scored by
-            entries = reply["meta_info"]["input_token_logprobs"][-len(wanted) :]
+            entries = reply["meta_info"]["input_token_logprobs"]
+            entries = entries[len(entries) - len(wanted) :]
             if [entry[1] for entry in entries] != wanted:
                 raise RuntimeError(f"{self.name}: scored tokens are not those that were sent")
-            scores.append([entry[0] for entry in entries])
+            scores.append([math.nan if entry[0] is None else entry[0] for entry in entries])
         return scores
 
 
@@ -175,12 +183,17 @@ class Workload:
         server.flush()
         return server.score(some, [0] * len(some))
 
-    def rescore(self, server: Scored, answers: Sequence[Answer]) -> list[float]:
-        """Differences between an answer's log-probabilities and `server`'s prefill of it."""
-        inputs = [p + a.tokens for p, a in zip(self.prompts, answers, strict=True)]
-        starts = [len(prompt) - 1 for prompt in self.prompts]
+    def rescore(self, server: Scored, answers: Sequence[Answer], **options: Any) -> list[float]:
+        """Differences between an answer's log-probabilities and `server`'s prefill of it.
+
+        The answers are those to the first prompts; `options` are those of `Scored.generate`.
+        """
+        prompts = self.prompts[: len(answers)]
+        inputs = [p + a.tokens for p, a in zip(prompts, answers, strict=True)]
+        starts = [len(prompt) - 1 for prompt in prompts]
         differences: list[float] = []
-        for scored, answer in zip(server.score(inputs, starts), answers, strict=True):
+        scores = server.score(inputs, starts, **options)
+        for scored, answer in zip(scores, answers, strict=True):
             pairs = zip(scored, answer.logprobs, strict=True)
             differences += [abs(a - b) for a, b in pairs]
         return differences

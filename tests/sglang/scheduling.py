@@ -78,10 +78,19 @@ class MiniScheduler:
         end = total if chunk is None else min(total, begin + chunk)
         req.set_extend_range(begin, end)
         self.pool.write((req.req_pool_idx, slice(0, begin)), req.prefix_indices.to(torch.int32))
-        slots = self.allocator.alloc(end - begin)
+        slots = self._slots(end - begin)
         self.pool.write((req.req_pool_idx, slice(begin, end)), slots.to(torch.int32))
         self.lens[req] = end
         return req
+
+    def _slots(self, count: int) -> torch.Tensor:
+        """alloc_token_slots: what no request holds is evicted when there are too few."""
+        from sglang.srt.mem_cache.common import evict_from_tree_cache
+
+        evict_from_tree_cache(self.tree, count)
+        found = self.allocator.alloc(count)
+        assert found is not None, "out of KV slots"
+        return found
 
     def publish(self, req: Any, chunked: bool = False) -> Any:
         """process_batch_result_prefill: the prompt enters the tree, duplicate slots are freed."""
@@ -106,7 +115,7 @@ class MiniScheduler:
     def decode(self, reqs: list[Any], token: int = 7) -> Any:
         """prepare_for_decode: one more token a row; the ScheduleBatch of the step."""
         for req in reqs:
-            slot = self.allocator.alloc(1)
+            slot = self._slots(1)
             self.pool.write(
                 (req.req_pool_idx, slice(self.lens[req], self.lens[req] + 1)), slot.int()
             )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import bench_host
 
 from pat_sglang.metrics import METRICS
+from pat_sglang.plugin import structure
 
 
 @pytest.fixture(params=[2, 3, 4])
 def bed(request):
-    return bench_host.Bed(rows=70, levels=request.param)
+    return bench_host.Bed(rows=140, levels=request.param)  # on 4 levels, at least 2 a group
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a row joined the tracker's nodes, with success or not, and they were made anew."""
+    counted = Counter()
+    joins, init = structure._SharedNodes._joins, structure._SharedNodes.__init__
+
+    def count_joins(self, last):
+        joined = joins(self, last)
+        counted["joined" if joined else "turned away"] += 1
+        return joined
+
+    def count_made(self, nodes):
+        counted["made"] += 1
+        init(self, nodes)
+
+    monkeypatch.setattr(structure._SharedNodes, "_joins", count_joins)
+    monkeypatch.setattr(structure._SharedNodes, "__init__", count_made)
+    return counted
 
 
 def made_and_kept():
@@ -34,6 +56,32 @@ def test_steps_are_what_their_names_say(bed):
     for _ in range(bench_host.GROWTH):  # once the lengths begin anew, with a step of its own
         bed.unchanged()
     assert made_and_kept() == (1, bench_host.GROWTH)
+
+
+def test_a_new_request_joins_in_every_changed_step(bed, calls):
+    bed.changed()
+    calls.clear()
+    for _ in range(50):
+        bed.changed()
+    assert calls == {"joined": 50}
+
+
+def test_another_shape_is_made_anew_in_every_step(bed, calls):
+    bed.changed()
+    calls.clear()
+    for _ in range(50):
+        bed.reshaped()
+    assert calls == {"turned away": 50, "made": 50}
+
+
+def test_the_memory_of_what_is_gone_is_used_again(bed):
+    for _ in range(100):  # more tokens than there are spare slots
+        bed.changed()
+        bed.reshaped()
+    assert bed.scheduler.pool.available_size() == 0
+    assert len(bed.scheduler.lens) == len(bed.reqs) == 140
+    held = {req.last_node for req in bed.reqs}
+    assert len(held) == 140 and all(node.lock_ref == 1 for node in held)
 
 
 def test_the_last_level_is_private(bed):
