@@ -12,7 +12,7 @@ What SGLang 0.5.17 cannot do here is checked on a GPU by scripts/gpu_features_ch
 - HiCache (its host pool calls cudaHostRegister)
 - data-parallel attention (torch_native has no get_cuda_graph_seq_len_fill_value)
 
-Tensor parallelism needs another model: 9 query heads divide by 3, KV heads included, and by no 2.
+Tensor parallelism needs another model, see test_tensor_parallel.py.
 """
 
 from __future__ import annotations
