@@ -228,26 +228,27 @@ class PatMixin(AttentionBackend):
     def _pat_plan(self, forward_batch: Any, rows: int, *, real: bool) -> None:
         """Bring every plan up to this step; ``rows``: live rows, without padding."""
         state = self._pat
-        if real:
-            structure = state.feed.take(rows)
-            state.feed.check_fired()
-        else:  # padded beyond what a plan holds, and nobody reads the output
-            structure, rows = None, min(rows, state.max_rows)
-        lens = self._pat_host_lens(forward_batch, rows, structure)
+        if not real:  # padded beyond what a plan holds, and nobody reads the output
+            rows = min(rows, state.max_rows)
+        expected = state.feed.expected(rows) if real else None
         step = {
-            "host_lens": lens,
+            "host_lens": self._pat_host_lens(forward_batch, rows),
             "seq_lens": forward_batch.seq_lens,
             "req_to_token": state.req_to_token_pool.req_to_token,
             "req_pool_indices": forward_batch.req_pool_indices,
         }
+        # Most steps change nothing: what they need is launched before anybody looks. A fill too
+        # many does no harm, a new plan fills everything again.
         kept = (
-            structure is not None
-            and structure.version == state.planned_version
+            expected is not None
+            and expected.version == state.planned_version
             and all(
                 planner.advance(state.plans[geometry], **step)
                 for geometry, planner in state.planners.items()
             )
         )
+        structure = state.feed.take(rows) if real else None
+        kept = kept and structure is expected
         if not kept:
             forest, leaf_of_row = _NO_NODES, np.full(rows, -1, np.int32)
             if structure is not None and structure.forest is not None:
@@ -259,17 +260,18 @@ class PatMixin(AttentionBackend):
         if state.validate:
             for plan in state.plans.values():
                 plan.validate(step["req_to_token"], step["req_pool_indices"], step["seq_lens"])
+        if real:
+            state.feed.check_fired()
         self._pat_count(structure, real=real, kept=kept)
 
-    def _pat_host_lens(
-        self, forward_batch: Any, rows: int, structure: BatchStructure | None
-    ) -> Int32Array:
+    def _pat_host_lens(self, forward_batch: Any, rows: int) -> Int32Array:
         """[rows] sequence lengths on the host; only a step nobody knows synchronises for them."""
         lens = getattr(forward_batch, "seq_lens_cpu", None)
         if lens is not None:
             return lens.numpy()[:rows].astype(np.int32)
-        if structure is not None:
-            return np.array([req.seqlen for req in structure.reqs], np.int32)
+        reqs = self._pat.feed.reqs
+        if reqs is not None and len(reqs) == rows:
+            return np.array([req.seqlen for req in reqs], np.int32)
         # Guessed lengths would put true ones beyond the horizon.
         return forward_batch.seq_lens[:rows].cpu().numpy().astype(np.int32)
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """From the ForwardBatch.init_new hook to the backend: the structure of the step about to run.
 
-The structure travels on the ModelRunner (attribute ``_pat_feed``), not on the ForwardBatch: SGLang
+The batch travels on the ModelRunner (attribute ``_pat_feed``), not on the ForwardBatch: SGLang
 copies that one field by field before the forward and drops everything it does not know. It is
 taken once, so a dummy forward (warm-up, capture) can never see the structure of an earlier step.
+The tree is read when the batch is taken, in the same thread and the same step: by then the backend
+has launched what a step without any change needs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class StructureFeed:
     def __init__(self) -> None:
         self.tracker = StructureTracker()
         self.fired = 0
-        self._pending: BatchStructure | None = None
+        self._pending: Any = None  # the ScheduleBatch of the decode step to come
         self._checked = False
 
     def on_forward(self, batch: Any) -> None:
@@ -35,21 +37,33 @@ class StructureFeed:
         self.fired += 1
         METRICS.count("hook_fired")
         if batch.forward_mode.is_decode() and batch.spec_info is None:
-            self._pending = self.tracker.observe(batch)
+            self._pending = batch
         else:
             if batch.forward_mode.is_decode():
                 METRICS.count_reason("steps_on_base", "speculative decode")
             self._pending = None
             self.tracker.drop_if_touched(batch.reqs or ())
 
+    @property
+    def reqs(self) -> list[Any] | None:
+        """The request of each row of the step to come; None: not known."""
+        return None if self._pending is None else self._pending.reqs
+
+    def expected(self, rows: int) -> BatchStructure | None:
+        """What ``take`` will most likely return, if that is the structure of the last step."""
+        reqs = self.reqs
+        return None if reqs is None or len(reqs) != rows else self.tracker.expected(reqs)
+
     def take(self, rows: int) -> BatchStructure | None:
         """The structure of a decode step with this many live rows, once; None: not known."""
-        pending, self._pending = self._pending, None
-        if pending is not None and len(pending.reqs) != rows:
+        batch, self._pending = self._pending, None
+        if batch is None:
+            return None
+        if len(batch.reqs) != rows:
             METRICS.count_reason("no_sharing", "rows of the step and of the structure differ")
             self.tracker.drop()
             return None
-        return pending
+        return self.tracker.observe(batch)
 
     def check_fired(self) -> None:
         """Called at real decode steps: SGLang swallows hooks that failed to install.

@@ -51,6 +51,10 @@ class StructureTracker:
         self._structure: BatchStructure | None = None
         self._reader: _TreeReader | None = None
 
+    def expected(self, reqs: list[Any]) -> BatchStructure | None:
+        """The last structure, if it was that of the same list: a guess that ``observe`` checks."""
+        return self._structure if reqs is self._list and len(reqs) == len(self._reqs) else None
+
     def observe(self, batch: Any) -> BatchStructure:
         """Structure of a decode ScheduleBatch."""
         reqs = batch.reqs
