@@ -15,9 +15,10 @@ the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a PAT
 - unchanged: the same list, every request one token longer; its first part ends where the fill
   kernel is launched
 
-Serving the new request is no part of a step. Launching the kernel is part of the host's time on a
-GPU; on a CPU there is nothing to launch. Device time is that of the upload and the fill kernel,
-queued behind a long kernel so that no gap of the host's counts.
+Serving the new request is no part of a step, but leaves the CPU's caches cold, as a scheduler's work
+between two steps does. Launching the kernel is part of the host's time on a GPU; on a CPU there is
+nothing to launch. Device time is that of the upload and the fill kernel, queued behind a long kernel
+so that no gap of the host's counts.
 
 Writes results/bench_host-<gpu>.jsonl, a line a measure.
 """
