@@ -15,10 +15,10 @@ the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a PAT
 - unchanged: the same list, every request one token longer; its first part ends where the fill
   kernel is launched
 
-Serving the new request is no part of a step, but leaves the CPU's caches cold, as a scheduler's work
-between two steps does. Launching the kernel is part of the host's time on a GPU; on a CPU there is
-nothing to launch. Device time is that of the upload and the fill kernel, queued behind a long kernel
-so that no gap of the host's counts.
+Serving the new request is no part of a step, but leaves the CPU's caches cold, as the scheduler's
+work between two steps does. Launching the kernel is part of the host's time on a GPU; on a CPU
+there is nothing to launch. Device time is that of the upload and the fill kernel, queued behind a
+long kernel so that no gap of the host's counts.
 
 Writes results/bench_host-<gpu>.jsonl, a line a measure.
 """
@@ -34,6 +34,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,11 +275,17 @@ def measure(bed: Bed, steps: int) -> list[common.Row]:
     return rows
 
 
-def profile(step: Callable[[], Step], steps: int) -> None:
-    """The functions a kind of step spends its time in."""
+def profile(bed: Bed, step: Callable[[], Step], steps: int) -> None:
+    """The functions that the timed part of a kind of step spends its time in."""
     profiler = cProfile.Profile()
-    profiler.runcall(lambda: [step() for _ in range(steps)])
-    print(f"\n{step.__name__}, {steps} steps, making the batches included")
+    hook, metadata = bed.hook, bed.backend.init_forward_metadata_out_graph
+    bed.hook = partial(profiler.runcall, hook)
+    bed.backend.init_forward_metadata_out_graph = partial(profiler.runcall, metadata)
+    for _ in range(steps):
+        step()
+    bed.hook = hook
+    del bed.backend.init_forward_metadata_out_graph
+    print(f"\n{step.__name__}, {steps} steps")
     pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(16)
 
 
@@ -318,8 +325,8 @@ def main() -> None:
     lines = [{**about, **row, **provenance} for row in rows]
     common.write_rows(f"bench_host-{common.gpu_slug()}.jsonl", lines, KEY)
     if options.profile:
-        for step in (bed.changed, bed.unchanged):
-            profile(step, options.steps)
+        for step in (bed.changed, bed.reshaped, bed.unchanged):
+            profile(bed, step, options.steps)
 
 
 if __name__ == "__main__":
