@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From the ForwardBatch.init_new hook to the backend: the structure of the step about to run.
+"""From the ForwardBatch.init_new hook to the backend: the batch about to run, and its structure.
 
 The batch travels on the ModelRunner (attribute ``_pat_feed``), not on the ForwardBatch: SGLang
 copies that one field by field before the forward and drops everything it does not know. It is

@@ -2,9 +2,10 @@
 """What the requests of a decode batch share, read from SGLang's prefix tree.
 
 SGLang builds a ForwardBatch from its ScheduleBatch right before every forward, in the scheduler
-thread. The hook in feed.py looks at the ScheduleBatch there: ``reqs`` (the rows, in order),
-``tree_cache`` and ``seq_lens_cpu``. Sharing follows from node identity alone; no token and no KV
-slot is compared. Rows of a running request are locked in the tree, so their nodes stay.
+thread. The hook in feed.py keeps the ScheduleBatch, and the backend has it read here in the same
+step: ``reqs`` (the rows, in order), ``tree_cache`` and ``seq_lens_cpu``. Sharing follows from node
+identity alone; no token and no KV slot is compared. Rows of a running request are locked in the
+tree, so their nodes stay.
 
 Why an unchanged signature keeps a plan exact: for a row that stays in the batch, the slots below
 its last node change only together with the last node; a node split makes a new *upper* node and
