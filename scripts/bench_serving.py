@@ -205,8 +205,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                     )
     except BaseException:
         for server in servers:
-            lines = server.log.read_text(errors="replace").splitlines()
-            print(f"-- end of the log of {server.name}", *lines[-12:], sep="\n", flush=True)
+            print(server.tail(12), flush=True)
         raise
     finally:
         for server in servers:

@@ -50,12 +50,15 @@ from gpu_serving_check import (
     Answer,
     Scored,
     Workload,
+    arguments_of,
     compare,
+    concluded,
     distribution,
     environment_of,
 )
 
 STAND_INS = common.ROOT / "tests" / "sglang" / "stand_ins"  # for the dry run
+GRAPH_ROWS = [str(rows) for rows in (1, 2, 4, 8, 16, 24, 32)]
 SOLO = 6  # prompts that are asked one by one
 TAGS = ["kv_cache", "weights", "cuda_graph"]
 STEPS_UNDER_WAY = 8  # forwards after which requests are surely being decoded
@@ -275,16 +278,6 @@ def state_problems(server: Controlled) -> list[str]:
 # Servers
 
 
-def arguments_of(options: argparse.Namespace, backend: str) -> list[str]:
-    arguments = ["--model-path", str(options.model), "--attention-backend", backend]
-    arguments += ["--skip-server-warmup", "--sampling-backend", "pytorch", "--random-seed", "1"]
-    arguments += ["--max-running-requests", "32", "--grammar-backend", "none"]
-    if options.dry_run:
-        return [*arguments, "--device", "cpu", "--dtype", "float32"]
-    arguments += ["--dtype", "bfloat16", "--disable-prefill-cuda-graph"]
-    return [*arguments, "--cuda-graph-bs-decode", "1", "2", "4", "8", "16", "24", "32"]
-
-
 class Family:
     """A base server and one with PAT, under the same options."""
 
@@ -303,7 +296,7 @@ class Family:
         if self.options.dry_run:
             environment["PYTHONPATH"] = f"{STAND_INS}{os.pathsep}{environment['PYTHONPATH']}"
         name = f"{self.name}-{'pat' if with_pat else base}"
-        arguments = arguments_of(self.options, "pat" if with_pat else base)
+        arguments = arguments_of(self.options, "pat" if with_pat else base, GRAPH_ROWS)
         server = Controlled(
             name,
             [*arguments, *self.arguments],
@@ -320,18 +313,8 @@ class Family:
         return server
 
     def run(self, measure: Callable[[Family, Questions], None], questions: Questions) -> Row:
-        begin = time.monotonic()
-        try:
+        with concluded(self.result, self.started):
             measure(self, questions)
-        except Exception as error:
-            self.result.setdefault("problems", []).append(f"{type(error).__name__}: {error}"[:400])
-            for server in self.started:
-                tail = server.log.read_text(errors="replace").splitlines()[-25:]
-                print(f"\n--- the end of {server.log}", *tail, sep="\n", flush=True)
-        finally:
-            for server in self.started:
-                server.stop()
-        self.result["seconds"] = round(time.monotonic() - begin)
         self.result["own"] = questions.own
         self.show()
         return self.result

@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,17 +276,24 @@ def problems_of(result: Row, cpu: bool) -> list[str]:
 # Servers
 
 
-def arguments_of(options: argparse.Namespace, backend: str) -> list[str]:
+def arguments_of(options: argparse.Namespace, backend: str, rows: Sequence[str]) -> list[str]:
+    """Arguments of a server that decodes batches of at most ``rows[-1]``; graphs for each of them.
+
+    Without those that say how much memory it takes.
+    """
     arguments = ["--model-path", str(options.model), "--attention-backend", backend]
     arguments += ["--skip-server-warmup", "--sampling-backend", "pytorch", "--random-seed", "1"]
-    arguments += ["--max-running-requests", "96", "--grammar-backend", "none"]
+    arguments += ["--max-running-requests", rows[-1], "--grammar-backend", "none"]
     if options.dry_run:
-        arguments += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "32768"]
-        return [*arguments, "--mem-fraction-static", "0.5"]
+        return [*arguments, "--device", "cpu", "--dtype", "float32"]
     arguments += ["--dtype", "bfloat16", "--disable-prefill-cuda-graph"]
-    arguments += ["--cuda-graph-bs-decode", *GRAPH_ROWS]
-    # A small cache and a budget that holds while other servers take their share meanwhile.
-    return [*arguments, "--max-total-tokens", "98304", "--mem-fraction-static", "0.6"]
+    return [*arguments, "--cuda-graph-bs-decode", *rows]
+
+
+def memory_of(options: argparse.Namespace) -> list[str]:
+    """A small cache, and a budget that holds while other servers take their share meanwhile."""
+    tokens, fraction = ("32768", "0.5") if options.dry_run else ("98304", "0.6")
+    return ["--max-total-tokens", tokens, "--mem-fraction-static", fraction]
 
 
 def environment_of(options: argparse.Namespace, base: str, with_pat: bool) -> dict[str, str]:
@@ -297,6 +304,22 @@ def environment_of(options: argparse.Namespace, base: str, with_pat: bool) -> di
     if base == "flashinfer":
         environment["SGLANG_FLASHINFER_USE_PAGED"] = "1"  # needs no fa3 module, see build_peers.sh
     return environment
+
+
+@contextlib.contextmanager
+def concluded(result: Row, servers: Collection[Server]) -> Iterator[None]:
+    """Whatever happens in the block: servers stopped, errors among the result's problems."""
+    begin = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        result.setdefault("problems", []).append(f"{type(error).__name__}: {error}"[:400])
+        for server in servers:
+            print(server.tail(), flush=True)
+    finally:
+        for server in servers:
+            server.stop()
+    result["seconds"] = round(time.monotonic() - begin)
 
 
 class Family:
@@ -310,7 +333,7 @@ class Family:
             environment = environment_of(options, base, with_pat)
             self.servers[name] = Scored(
                 name,
-                arguments_of(options, backend),
+                [*arguments_of(options, backend, GRAPH_ROWS), *memory_of(options)],
                 environment,
                 folder / f"{name.replace('+', '-')}.log",
                 cwd=folder,  # not the repository: a base server must not see the plug-in
@@ -352,18 +375,8 @@ class Family:
         self.result["problems"] = problems_of(self.result, self.options.dry_run)
 
     def run(self, workload: Workload) -> Row:
-        begin = time.monotonic()
-        try:
+        with concluded(self.result, self.servers.values()):
             self.measure(workload)
-        except Exception as error:
-            self.result["problems"] = [f"{type(error).__name__}: {error}"[:400]]
-            for server in self.servers.values():
-                tail = server.log.read_text(errors="replace").splitlines()[-25:]
-                print(f"\n--- the end of {server.log}", *tail, sep="\n", flush=True)
-        finally:
-            for server in self.servers.values():
-                server.stop()
-        self.result["seconds"] = round(time.monotonic() - begin)
         self.show()
         return self.result
 
@@ -414,7 +427,7 @@ def main() -> None:
         "model": options.model.name,
         "answers": options.answers,
         "prompt_tokens": [min(map(len, workload.prompts)), max(map(len, workload.prompts))],
-        "flags": arguments_of(options, "<backend>")[2:],
+        "flags": [*arguments_of(options, "<backend>", GRAPH_ROWS)[2:], *memory_of(options)],
         "families": results,
         **common.provenance(),
     }

@@ -101,6 +101,11 @@ class Server:
         states = self.call("/get_server_info").get("internal_states") or [{}]
         return states[0].get("pat") or {}
 
+    def tail(self, lines: int = 25) -> str:
+        """The end of its log, with a heading."""
+        of_log = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join([f"\n--- the end of {self.log}", *of_log])
+
     def flush(self) -> None:
         """Empty the prefix cache, which must not be done while a request runs.
 
