@@ -67,7 +67,7 @@ def kernel_figure(rows: Sequence[Row]) -> Any:
 
 def serving_figure(rows: Sequence[Row]) -> Any:
     """Mean TPOT (left) and P99 TPOT (right) against the request rate, one row a workload."""
-    rows = [r for r in rows if r["request_rate"] is not None]
+    rows = [r for r in rows if r["request_rate"] is not None and "p99_tpot_ms" in r]
     cells = sorted({(r["model"], r["workload"]) for r in rows})
     size = max(len(cells), 1)
     figure, panels = plt.subplots(size, 2, figsize=(10, 3.5 * size), squeeze=False)

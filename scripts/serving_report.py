@@ -26,6 +26,11 @@ def median(rows: Sequence[Row], column: str) -> float:
     return statistics.median(row[column] for row in rows)
 
 
+def measured(rows: Sequence[Row]) -> list[str]:
+    """The columns that all rows have: one that was not soundly measured is not in a row."""
+    return [column for column in COLUMNS if all(column in row for row in rows)]
+
+
 def spread(rows: Sequence[Row], column: str) -> float:
     """Largest relative difference between two rounds of one backend."""
     values = [row[column] for row in rows]
@@ -65,7 +70,8 @@ def losses(
     is the second kind: more rounds, or a quieter machine, would tell.
     """
     failed, undecided = [], []
-    ratio = {column: median(mine, column) / median(peer, column) for column in COLUMNS}
+    columns = measured([*mine, *peer])
+    ratio = {column: median(mine, column) / median(peer, column) for column in columns}
     target = TARGETS.get(load)
     if target is not None and name == "fa3" and ratio["median_itl_ms"] > target:
         failed.append(f"median ITL {ratio['median_itl_ms']:.3f} of {name}'s, asked {target}")
@@ -74,10 +80,12 @@ def losses(
         failed += [
             f"{column} {ratio[column]:.3f} of {name}'s"
             for column in ("mean_tpot_ms", "p99_tpot_ms")
-            if ratio[column] >= 1
+            if ratio.get(column, 0) >= 1
         ]
         slack = {column: slack[column] for column in ("mean_ttft_ms", "output_tok_s")}
     for column, share in slack.items():
+        if column not in ratio:
+            continue
         loss = ratio[column] - 1
         if column == "output_tok_s":
             loss = 1 / ratio[column] - 1
@@ -94,8 +102,9 @@ def report(rows: Sequence[Row]) -> str:
     for group, backends in grouped(rows).items():
         lines.append(", ".join(group))
         for name, of in backends.items():
-            cells = [f"{median(of, c):9.2f} ({spread(of, c):5.1%})" for c in COLUMNS]
-            lines.append(f"  {name:16}" + " ".join(cells) + f"  {len(of)} rounds{_plans(of[-1])}")
+            cells = [f"{c} {median(of, c):.2f} ({spread(of, c):.1%})" for c in measured(of)]
+            text = "  ".join(cells)
+            lines.append(f"  {name:16}{text}  {len(of)} rounds{_plans(of[-1])}")
         for name, of in backends.items():
             mine, peer = paired(backends.get("pat", []), of)
             if name == "pat" or not mine:
@@ -103,11 +112,12 @@ def report(rows: Sequence[Row]) -> str:
             failed, undecided = losses(load_of(of[0]), mine, peer, name)
             gain = median(peer, "median_itl_ms") / median(mine, "median_itl_ms")
             words = "; ".join(failed) or "holds"
+            if missing := [c for c in COLUMNS if c not in measured([*mine, *peer])]:
+                words += f"; not measured: {', '.join(missing)}"
             if undecided:
                 words += "; not decided: " + "; ".join(undecided)
             lines.append(f"    against {name}: {gain:.2f}x in median ITL; {words}")
-    header = "  ".join(COLUMNS)
-    return f"medians over rounds (largest - smallest, relative): {header}\n" + "\n".join(lines)
+    return "medians over rounds (largest - smallest, relative)\n" + "\n".join(lines)
 
 
 def _plans(row: Row) -> str:

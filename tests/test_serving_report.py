@@ -86,6 +86,19 @@ def test_only_rounds_of_both_are_compared() -> None:
     assert "mean_tpot_ms 1.200 of fa3's" in text
 
 
+def test_what_was_not_measured_is_said() -> None:
+    """And is no reason to call anything a loss or a gain."""
+    partial = [
+        {k: v for k, v in row.items() if k not in ("mean_tpot_ms", "p99_tpot_ms", "mean_ttft_ms")}
+        for row in [*rows("pat", 0.5), *rows("fa3", 1.0)]
+    ]
+    text = report(partial)
+    assert "holds; not measured: mean_tpot_ms, p99_tpot_ms, mean_ttft_ms" in text
+    assert "mean_tpot_ms 1" not in text and "median_itl_ms 10.00" in text
+    slower = [row | {"median_itl_ms": 19.0} for row in partial if row["backend"] == "pat"]
+    assert "asked 0.6" in report([*slower, *(r for r in partial if r["backend"] == "fa3")])
+
+
 def test_versions_are_not_mixed() -> None:
     newer = [row | {"commit": "d"} for row in rows("pat", 0.5)]
     text = report([*rows("pat", 1.2), *rows("fa3", 1.0), *newer])
