@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from typing import Any
 import gpu_common as common
 import shapes
 from gpu_common import Row
-from server import Server, environment_with
+from server import Server, add_plugin_option, environment_with
 from serving_report import report
 from workloads import MOONCAKE, Point, points
 
@@ -228,12 +227,7 @@ def main() -> None:
     parser.add_argument("--max-total-tokens", type=int, default=120_000)
     parser.add_argument("--mem-fraction", type=float, default=0.85)
     parser.add_argument("--trace", type=Path, default=TRACE)
-    parser.add_argument(
-        "--plugin",
-        type=Path,
-        default=os.environ.get("PAT_PLUGIN_META"),
-        help="folder with the package metadata that carries the entry point (gpu_session.sh)",
-    )
+    add_plugin_option(parser)
     parser.add_argument("--cpu", action="store_true", help="a dry run in float32")
     parser.add_argument("--report", action="store_true", help="print what is stored and stop")
     parser.add_argument("server_arguments", nargs="*", help="after --: more for every server")

@@ -27,7 +27,6 @@ temporary folder; the ends of those that failed are printed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -54,8 +53,10 @@ from gpu_serving_check import (
     compare,
     concluded,
     distribution,
+    end,
     environment_of,
 )
+from server import add_plugin_option
 
 STAND_INS = common.ROOT / "tests" / "sglang" / "stand_ins"  # for the dry run
 GRAPH_ROWS = [str(rows) for rows in (1, 2, 4, 8, 16, 24, 32)]
@@ -429,12 +430,7 @@ def main() -> None:
         type=lambda s: s.split(","),
         help="main,lora,hicache,dp; default: all that this machine can run",
     )
-    parser.add_argument(
-        "--plugin",
-        type=Path,
-        default=os.environ.get("PAT_PLUGIN_META"),
-        help="folder with the package metadata that carries the entry point (gpu_session.sh)",
-    )
+    add_plugin_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="CPU, float32, torch_native")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
@@ -490,12 +486,7 @@ def main() -> None:
         "families": results,
         **common.provenance(),
     }
-    if not options.dry_run:
-        for path in common.result_paths(f"features_check-{common.gpu_slug()}.json"):
-            path.write_text(json.dumps(report, indent=1) + "\n")
-    passed = not any(result["problems"] for result in results)
-    print(f"\nlogs: {folder}\n" + ("PASS" if passed else "FAIL"), flush=True)
-    sys.exit(not passed)
+    end("features_check", report, folder, stored=not options.dry_run)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -46,7 +45,7 @@ import gpu_common as common
 import numpy as np
 from gpu_common import Row
 from prompts import GROUPS, SYSTEM
-from server import Server, environment_with
+from server import Server, add_plugin_option, environment_with
 
 RUNS = 2
 NEW_TOKENS = (32, 48, 64, 96, 128)  # requests leave the batch at different times
@@ -391,6 +390,16 @@ class Family:
         print("  " + ("; ".join(self.result["problems"]) or "within noise"), flush=True)
 
 
+def end(name: str, report: Row, folder: Path, *, stored: bool) -> None:
+    """Writes the result file, prints the verdict, and exits by it."""
+    if stored:
+        for path in common.result_paths(f"{name}-{common.gpu_slug()}.json"):
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    passed = not any(result["problems"] for result in report["families"])
+    print(f"\nlogs: {folder}\n" + ("PASS" if passed else "FAIL"), flush=True)
+    sys.exit(not passed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -399,12 +408,7 @@ def main() -> None:
     parser.add_argument("--bases", type=lambda s: s.split(","), default=None)
     parser.add_argument("--answers", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=max(NEW_TOKENS), help="at most")
-    parser.add_argument(
-        "--plugin",
-        type=Path,
-        default=os.environ.get("PAT_PLUGIN_META"),
-        help="folder with the package metadata that carries the entry point (gpu_session.sh)",
-    )
+    add_plugin_option(parser)
     parser.add_argument("--load", action="store_true", help="other requests beside those checked")
     parser.add_argument("--one-by-one", action="store_true", help="one base after the other")
     parser.add_argument("--dry-run", action="store_true", help="CPU, float32, torch_native")
@@ -431,13 +435,8 @@ def main() -> None:
         "families": results,
         **common.provenance(),
     }
-    if not options.dry_run:
-        name = f"serving_check{'-load' if options.load else ''}-{common.gpu_slug()}.json"
-        for path in common.result_paths(name):
-            path.write_text(json.dumps(report, indent=1) + "\n")
-    passed = not any(result["problems"] for result in results)
-    print(f"\nlogs: {folder}\n" + ("PASS" if passed else "FAIL"), flush=True)
-    sys.exit(not passed)
+    name = f"serving_check{'-load' if options.load else ''}"
+    end(name, report, folder, stored=not options.dry_run)
 
 
 if __name__ == "__main__":

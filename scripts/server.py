@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -17,6 +18,16 @@ from typing import Any
 
 STOP_PATIENCE_S = 10.0
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def add_plugin_option(parser: argparse.ArgumentParser) -> None:
+    """``--plugin``, for ``environment_with``."""
+    parser.add_argument(
+        "--plugin",
+        type=Path,
+        default=os.environ.get("PAT_PLUGIN_META"),
+        help="folder with the package metadata that carries the entry point (gpu_session.sh)",
+    )
 
 
 def environment_with(pat: bool, plugin: Path | None) -> dict[str, str]:
