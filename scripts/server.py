@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +20,18 @@ from typing import Any
 
 STOP_PATIENCE_S = 10.0
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    """A port nobody listens on, below those that the kernel hands out by itself.
+
+    One of these might be taken by the server's own ranks before it listens, half a minute later.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def add_plugin_option(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +77,7 @@ class Server:
         log: Path,
         cwd: Path | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.name, self.log, self.url = name, log, f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "sglang.launch_server", *arguments]
         command += ["--host", "127.0.0.1", "--port", str(port)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import requests
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from server import free_port
 
 START_S, ANSWER_S = 240, 180  # on an idle machine 20 and 15 are enough
 
@@ -39,9 +42,7 @@ class Answer:
 @contextlib.contextmanager
 def server(log: Path, model: Path, *arguments: str, **environment: str) -> Iterator[str]:
     """A running server's base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "sglang.launch_server", "--model-path", str(model),
         "--dtype", "float32", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port),
