@@ -63,7 +63,7 @@ MAX_REGISTERS = 255
 # scores of 64 tokens.
 DECODE_SPILLS = {
     ("sm80", "8.0", 128): (88, 168),
-    ("sm90", "9.0a", 128): (20, 20),
+    ("sm90", "9.0a", 128): (12, 12),
 }
 # What an SM has: 32-bit registers, and shared memory of which every block takes 1 KiB more.
 SM_REGISTERS = 65536

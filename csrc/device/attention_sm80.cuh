@@ -180,26 +180,15 @@ class ItemAttention {
     }
   }
 
-  /// The states of the warps in warp 0. The 48 rows of Q that a narrow item does not have take what the
-  /// others send.
-  __device__ __forceinline__ void combine(RowBlock& rows, int32_t query_rows) const {
-    combine_half<0>(rows);
-    if (query_rows > 8) combine_half<1>(rows);
-  }
-  template <int kHalf>
-  __device__ __forceinline__ void combine_half(RowBlock& rows) const {
-    const auto slice = [&](int warp) { return shared_ + warp * kSliceBytes; };
-    const auto sent = [&](int warp) { return ptx::shared_address(&block_.mailboxes[warp].sent); };
-    if (warp_ > 0) send_state<kHalf>(rows, slice(warp_), sent(warp_));
-    __syncthreads();
-    if (warp_ == 0) {
-#pragma unroll
-      for (int w = 1; w < kWarps; ++w) {
-        receive_state<kHalf>(rows, slice(w), sent(w), params_.scale_log2);
-      }
+  /// The 64 rows of Q take what the warps send of a narrow item, once all of them have read its 16.
+  struct Room {
+    const ItemAttention& item;
+    __device__ uint32_t slice(int warp) const { return item.shared_ + warp * kSliceBytes; }
+    __device__ uint32_t state(int warp) const {
+      return ptx::shared_address(&item.block_.mailboxes[warp].sent);
     }
-    __syncthreads();
-  }
+    __device__ void sync() const { __syncthreads(); }
+  };
 
   __device__ __forceinline__ void finish(RowBlock& rows, int32_t piece, int block) const {
     const Item item = load_piece<Config>(params_, tables_, piece);
@@ -209,11 +198,12 @@ class ItemAttention {
         QueryRow(tables_, item.first_entry, item.head_offset, exists ? first_row(block) + lane_ : 0,
                  piece % params_.num_kv_heads, params_.group_size),
         params_.live_lens);
-    if constexpr (!Config::kWide) {
-      combine(rows, item.query_rows);
-      if (warp_ > 0) return;
+    if constexpr (Config::kWide) {
+      write_rows(params_, rows, mine, rows_left);
+    } else {
+      __syncthreads();  // all warps have read Q
+      combine_and_write(params_, rows, mine, rows_left, warp_, Room{*this});
     }
-    write_rows(params_, rows, mine, rows_left);
   }
 
   const DecodeParams& params_;

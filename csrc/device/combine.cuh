@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The states of four warps that have computed the same 16 query rows from different tokens become one,
-// warp 0's, through shared memory.
+// through shared memory: 8 rows at a time, each warp for a quarter of the columns, which it writes.
 #pragma once
 
-#include "rows.cuh"
+#include "output.cuh"
 
 namespace pat {
 
@@ -20,14 +20,12 @@ __device__ __forceinline__ uint32_t sent_values(uint32_t slice, int n) {
   return slice + n / kBlocksPerPanel * kPanelBytes + n % kBlocksPerPanel * 256;
 }
 
-/// By warps 1 to 3: rows 8 kHalf .. 8 kHalf + 7 to `slice`, a slice of an entry that is the warp's own,
-/// and to `state`, the address of a SentState.
+/// Rows 8 kHalf .. 8 kHalf + 7 to `slice`, a slice of an entry that is the warp's own, and to `state`, the
+/// address of a SentState.
 template <int kHalf>
 __device__ __forceinline__ void send_state(const RowBlock& rows, uint32_t slice, uint32_t state) {
   const int lane = threadIdx.x % 32;
-  float sum = rows.sum[kHalf];
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  const float sum = row_sum(rows.sum[kHalf]);
   if (lane % 4 == 0) ptx::store_shared_f2(state + lane / 4 * 8, {rows.top[kHalf], sum});
 #pragma unroll
   for (int n = 0; n < kOutBlocks; ++n) {
@@ -36,24 +34,64 @@ __device__ __forceinline__ void send_state(const RowBlock& rows, uint32_t slice,
   }
 }
 
-/// By warp 0, once for each of the others.
-template <int kHalf>
-__device__ __forceinline__ void receive_state(RowBlock& rows, uint32_t slice, uint32_t state,
-                                              float scale_log2) {
-  const int lane = threadIdx.x % 32;
-  const float2 theirs = ptx::load_shared_f2(state + lane / 4 * 8);
-  const float top = fmaxf(rows.top[kHalf], theirs.x);
-  const float shift = top == -INFINITY ? 0.f : top * scale_log2;
-  const float keep = ptx::exp2(rows.top[kHalf] * scale_log2 - shift);
-  const float take = ptx::exp2(theirs.x * scale_log2 - shift);
-  rows.top[kHalf] = top;
-  rows.sum[kHalf] = rows.sum[kHalf] * keep + (lane % 4 == 0 ? theirs.y * take : 0.f);
+/// What four warps have sent of row lane / 4, combined, in a quarter of the columns.
+struct Quarter {
+  static constexpr int kBlocks = kOutBlocks / kWarps;
+  float2 out[kBlocks];
+  float top = -INFINITY, sum = 0.f;
+
+  /// Of column blocks kBlocks `warp` and on. `room`: see combine_and_write().
+  template <typename Room>
+  __device__ __forceinline__ Quarter(const Room& room, int warp, float scale_log2) {
+    const int lane = threadIdx.x % 32;
+    float2 sent[kWarps];
 #pragma unroll
-  for (int n = 0; n < kOutBlocks; ++n) {
-    const float2 value = ptx::load_shared_f2(sent_values(slice, n) + lane * 8);
-    rows.out[n][2 * kHalf] = rows.out[n][2 * kHalf] * keep + value.x * take;
-    rows.out[n][2 * kHalf + 1] = rows.out[n][2 * kHalf + 1] * keep + value.y * take;
+    for (int w = 0; w < kWarps; ++w) {
+      sent[w] = ptx::load_shared_f2(room.state(w) + lane / 4 * 8);
+      top = fmaxf(top, sent[w].x);
+    }
+    // No warp has seen a token of this row: exp2 of (-inf - -inf) would be NaN.
+    const float shift = top == -INFINITY ? 0.f : top * scale_log2;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) out[n] = {0.f, 0.f};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float weight = ptx::exp2(sent[w].x * scale_log2 - shift);
+      const uint32_t slice = room.slice(w);
+      sum += sent[w].y * weight;
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        const float2 v =
+            ptx::load_shared_f2(sent_values(slice, warp * kBlocks) + n * 256 + lane * 8);
+        out[n].x += v.x * weight;
+        out[n].y += v.y * weight;
+      }
+    }
   }
+  static_assert(kSliceBytes / 256 % kBlocks == 0, "the blocks of a warp lie in one panel");
+};
+
+template <int kHalf, typename Room>
+__device__ __forceinline__ void combine_and_write_half(const DecodeParams& params,
+                                                       const RowBlock& rows,
+                                                       const FinishedRow& mine, int32_t rows_left,
+                                                       int warp, const Room& room) {
+  send_state<kHalf>(rows, room.slice(warp), room.state(warp));
+  room.sync();
+  const Quarter all(room, warp, params.scale_log2);
+  room.sync();
+  write_row<Quarter::kBlocks>(params, mine, kHalf, rows_left, warp * Quarter::kBlocks, all.top,
+                              all.sum, [&](int n) { return all.out[n]; });
+}
+
+/// By all warps, for a narrow item of `rows_left` query rows. `room`: slice(w) and state(w) are addresses of
+/// what warp w has to send its state in, sync() is a barrier of the warps.
+template <typename Room>
+__device__ __forceinline__ void combine_and_write(const DecodeParams& params, const RowBlock& rows,
+                                                  const FinishedRow& mine, int32_t rows_left,
+                                                  int warp, const Room& room) {
+  combine_and_write_half<0>(params, rows, mine, rows_left, warp, room);
+  if (rows_left > 8) combine_and_write_half<1>(params, rows, mine, rows_left, warp, room);
 }
 
 }  // namespace pat

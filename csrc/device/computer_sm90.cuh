@@ -78,13 +78,15 @@ class Computer {
         QueryRow(tables_, box.first_entry(), box.head_offset(), exists ? first + lane_ : 0,
                  box.piece() % params_.num_kv_heads, params_.group_size),
         params_.live_lens);
-    if (is_narrow(box.tile())) {
-      combine(rows, box.query_rows());
-      ptx::fence_proxy_async();  // the copy engine may write next where a state was sent
-      release_slice();
-      if (warp_ > 0) return;
+    if (!is_narrow(box.tile())) {
+      write_rows(params_, rows, mine, rows_left);
+      return;
     }
-    write_rows(params_, rows, mine, rows_left);
+    if (lane_ == 0) ptx::store_shared(pair_.sent_slice(), slice_address());
+    __syncwarp();
+    combine_and_write(params_, rows, mine, rows_left, warp_, Room{*this});
+    ptx::fence_proxy_async();  // the copy engine may write next where a state was sent
+    release_slice();
   }
 
   __device__ __forceinline__ void shared_run(const QueryFragment& q, int32_t tokens, bool both,
@@ -109,31 +111,17 @@ class Computer {
     }
   }
 
-  /// The states of the half's warps in warp 0. The slice of the end mark, which holds nothing, takes
-  /// what a warp sends.
-  __device__ __forceinline__ void combine(RowBlock& rows, int32_t query_rows) {
-    if (lane_ == 0) ptx::store_shared(pair_.sent_slice(), slice_address());
-    combine_half<0>(rows);
-    if (query_rows > 8) combine_half<1>(rows);
-  }
-  template <int kHalf>
-  __device__ __forceinline__ void combine_half(RowBlock& rows) {
-    if (warp_ > 0) send_state<kHalf>(rows, slice_address(), pair_.sent());
-    sync_computers();
-    if (warp_ == 0) {
-#pragma unroll
-      for (int w = 1; w < kWarps; ++w) {
-        const Pair other(mine_, w);
-        receive_state<kHalf>(rows, ptx::load_shared(other.sent_slice()), other.sent(),
-                             params_.scale_log2);
-      }
+  /// The slice of a narrow item's end mark, which holds nothing, takes what a warp sends.
+  struct Room {
+    const Computer& computer;
+    __device__ uint32_t slice(int warp) const {
+      return ptx::load_shared(Pair(computer.mine_, warp).sent_slice());
     }
-    sync_computers();
-  }
-
-  __device__ __forceinline__ void sync_computers() const {
-    ptx::named_barrier(kComputersOfHalf + half_, kHalfThreads);
-  }
+    __device__ uint32_t state(int warp) const { return Pair(computer.mine_, warp).sent(); }
+    __device__ void sync() const {
+      ptx::named_barrier(kComputersOfHalf + computer.half_, kHalfThreads);
+    }
+  };
 
   __device__ uint32_t slice_address() const { return mine_.entry(stage_) + warp_ * kSliceBytes; }
 

@@ -279,13 +279,19 @@ class Loader {
     const char* from = static_cast<const char*>(cache) + column_;
     const uint32_t to = mine_.entry(stage_) + lane_offset_;
     const int32_t valid = Slice::valid(word);
-#pragma unroll 2
-    for (int pass = 0; pass < kCopyPasses; ++pass) {
-      const int row = copied_row(lane_, pass);
-      const auto of_row = static_cast<uint32_t>(__shfl_sync(0xffffffffu, slot, row));
-      // Tokens that do not exist become zeros.
-      ptx::cp_async_16(copied_to(to, pass), ptx::multiply_add(of_row, slot_stride, from),
-                       row < valid);
+    // Two at once, in registers of their own: a copy keeps its address until the load unit has read it.
+#pragma unroll 1
+    for (int pass = 0; pass < kCopyPasses; pass += 2) {
+      const char* address[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t of_row = __shfl_sync(0xffffffffu, slot, copied_row(lane_, pass + i));
+        address[i] = ptx::multiply_add(of_row, slot_stride, from);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // tokens that do not exist become zeros
+        ptx::cp_async_16(copied_to(to, pass + i), address[i], copied_row(lane_, pass + i) < valid);
+      }
     }
     arrive_slice(use, word);
   }

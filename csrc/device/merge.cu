@@ -30,15 +30,25 @@ struct State {
   float top = -INFINITY, total = 0.f;
   float sum[kLaneValues] = {};
 
-  /// NaN in `lse` (a row that outgrew its tail) is no maximum, but spreads.
-  __device__ __forceinline__ void add(float lse, const float (&values)[kLaneValues]) {
-    if (lse == -INFINITY) return;  // NOTE: what was never written may be NaN
-    const float higher = fmaxf(top, lse);
-    const float old = top == -INFINITY ? 0.f : ptx::exp2(top - higher);
-    const float weight = ptx::exp2(lse - higher);
-    total = total * old + weight;
+  /// A batch of partials, -inf in `lse` for those that do not exist. NaN (a row that outgrew its tail)
+  /// is no maximum, but spreads.
+  __device__ __forceinline__ void add(const float (&lse)[kInFlight],
+                                      const float (&values)[kInFlight][kLaneValues]) {
+    float higher = top;
 #pragma unroll
-    for (int j = 0; j < kLaneValues; ++j) sum[j] = sum[j] * old + weight * values[j];
+    for (int i = 0; i < kInFlight; ++i) higher = fmaxf(higher, lse[i]);
+    const float old = top == -INFINITY ? 0.f : ptx::exp2(top - higher);
+    total *= old;
+#pragma unroll
+    for (int j = 0; j < kLaneValues; ++j) sum[j] *= old;
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (lse[i] == -INFINITY) continue;  // NOTE: what was never written may be NaN
+      const float weight = ptx::exp2(lse[i] - higher);
+      total += weight;
+#pragma unroll
+      for (int j = 0; j < kLaneValues; ++j) sum[j] += weight * values[i][j];
+    }
     top = higher;
   }
 };
@@ -126,8 +136,9 @@ __device__ __forceinline__ State combine(const DecodeParams& params, const Pair&
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      if (batch + i * stride < pair.end) state.add(lse[i], values[i]);
+      if (batch + i * stride >= pair.end) lse[i] = -INFINITY;
     }
+    state.add(lse, values);
   }
   return state;
 }

@@ -148,24 +148,24 @@ __device__ __forceinline__ int32_t first_row(int tile, int half, int warp) {
   return ((is_joint(tile) ? half * kWarps : 0) + warp) * kFragmentRows;
 }
 
-/// By all warps, before a barrier of the whole block.
+/// By the computing warps, before a barrier of the whole block: the barriers of each pair, and some of those of
+/// its half.
 __device__ __forceinline__ void init_barriers(uint32_t shared) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const Half half(shared, warp / kWarps % kHalves);
+  const Half half(shared, warp / kWarps);
   const Pair pair(half, warp % kWarps);
   if (threadIdx.x % 32 != 0) return;
-  if (warp < kHalves * kWarps) {
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) {
+    ptx::barrier_init(pair.slice_full(s), kLoaderArrivals);
+    ptx::barrier_init(pair.slice_empty(s), 1);
+  }
 #pragma unroll 1
-    for (int s = 0; s < kStages; ++s) {
-      ptx::barrier_init(pair.slice_full(s), kLoaderArrivals);
-      ptx::barrier_init(pair.slice_empty(s), 1);
-    }
-  } else if (warp % kWarps == 0) {
-#pragma unroll 1
-    for (int s = 0; s < kStages; ++s) {
-      ptx::barrier_init(half.entry_full(s), kWarps * kLoaderArrivals);
-      ptx::barrier_init(half.entry_empty(s), kReaders);
-    }
+  for (int s = warp % kWarps; s < kStages; s += kWarps) {
+    ptx::barrier_init(half.entry_full(s), kWarps * kLoaderArrivals);
+    ptx::barrier_init(half.entry_empty(s), kReaders);
+  }
+  if (warp % kWarps == kWarps - 1) {
     ptx::barrier_init(half.q_full(), kWarps * kLoaderArrivals);
     ptx::barrier_init(half.q_empty(), kWarps);
   }
