@@ -5,19 +5,26 @@
 #if defined(PAT_PATH_SM90)
 #include <cuda.h>  // types of tensor maps
 #endif
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
+#include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "device/params.h"
 #include "plan_layout.h"
 
 namespace {
 
+using tvm::ffi::Array;
+using tvm::ffi::Function;
+using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
 #if defined(PAT_DTYPE_BF16)
@@ -103,14 +110,18 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t device) {
     check_cuda(cudaGetDevice(&before_), "reading the current device");
-    if (before_ != device) check_cuda(cudaSetDevice(device), "changing the current device");
+    changed_ = before_ != device;
+    if (changed_) check_cuda(cudaSetDevice(device), "changing the current device");
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 /// SMs of the current device; the first call also prepares the kernels, before any capture.
@@ -247,44 +258,193 @@ bool decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
 #endif
 }
 
-/// See pat_sglang/plan.py, DecodePlanner._fill.
-void fill(TensorView plan, TensorView slots, TensorView filled, TensorView live_lens,
-          TensorView req_to_token, TensorView req_pool_indices, TensorView seq_lens, int64_t rows,
-          int64_t runs) {
-  const DLDevice device = plan.device();
-  check(plan, "plan", 1, kInt32, device, 1);
-  check(slots, "slots", 1, kInt32, device, 1);
-  check(filled, "filled", 1, kInt32, device, 1);
-  check(live_lens, "live_lens", 1, kInt32, device, 1);
-  check(req_to_token, "req_to_token", 2, kInt32, device, 1);
-  const bool indices_are_64bit = is_64bit(req_pool_indices, "req_pool_indices");
-  const bool lens_are_64bit = is_64bit(seq_lens, "seq_lens");
-  check(req_pool_indices, "req_pool_indices", 1, req_pool_indices.dtype(), device, 1);
-  check(seq_lens, "seq_lens", 1, seq_lens.dtype(), device, 1);
-  if (req_pool_indices.size(0) < rows || seq_lens.size(0) < rows || filled.size(0) < rows) {
-    TVM_FFI_THROW(ValueError) << "the plan has " << rows << " rows, but req_pool_indices has "
-                              << req_pool_indices.size(0) << " and seq_lens " << seq_lens.size(0);
+/// The buffers of one DecodePlanner, bound and checked once: a step passes only what changes.
+class PlanBuffers {
+ public:
+  /// words, slots, filled, live_lens: of the plan, on its device. ring: int32 [buffers, words] on
+  /// the host; pinned, or uploads are slow.
+  PlanBuffers(Tensor words, Tensor slots, Tensor filled, Tensor live_lens, Tensor ring)
+      : words_(std::move(words)),
+        slots_(std::move(slots)),
+        filled_(std::move(filled)),
+        live_lens_(std::move(live_lens)),
+        ring_(std::move(ring)),
+        device_(words_.device()) {
+    check(words_, "words", 1, kInt32, device_, 1);
+    check(slots_, "slots", 1, kInt32, device_, 1);
+    check(filled_, "filled", 1, kInt32, device_, 1);
+    check(live_lens_, "live_lens", 1, kInt32, device_, 1);
+    const DLDeviceType type = ring_.device().device_type;
+    if (ring_.ndim() != 2 || !same(ring_.dtype(), kInt32) || !ring_.IsContiguous() ||
+        (type != kDLCPU && type != kDLCUDAHost)) {
+      TVM_FFI_THROW(ValueError) << "ring must be a contiguous 2-D int32 tensor on the host, got "
+                                << tvm::ffi::DLDataTypeToString(ring_.dtype()) << " "
+                                << shape_of(ring_) << " on device type " << type;
+    }
+    if (ring_.size(1) != words_.size(0) || words_.size(0) < pat::kHeaderWords ||
+        words_.size(0) > INT32_MAX || live_lens_.size(0) != filled_.size(0)) {
+      TVM_FFI_THROW(ValueError) << "the buffers do not fit each other: words " << shape_of(words_)
+                                << ", ring " << shape_of(ring_) << ", live_lens "
+                                << shape_of(live_lens_) << ", filled " << shape_of(filled_);
+    }
+    const auto addresses = reinterpret_cast<uintptr_t>(words_.data_ptr()) |
+                           reinterpret_cast<uintptr_t>(ring_.data_ptr());
+    if (addresses % 16 != 0 || words_.size(0) % 4 != 0) {
+      TVM_FFI_THROW(ValueError) << "words and every buffer of the ring must be whole 16 bytes, "
+                                   "16-byte aligned, but words has "
+                                << words_.size(0) << " elements";
+    }
+    buffers_.resize(ring_.size(0));
   }
-  if (rows == 0) return;
-  const pat::FillParams params{
-      .plan = static_cast<const int32_t*>(plan.data_ptr()),
-      .slots = static_cast<int32_t*>(slots.data_ptr()),
-      .filled = static_cast<int32_t*>(filled.data_ptr()),
-      .live_lens = static_cast<int32_t*>(live_lens.data_ptr()),
-      .req_to_token = static_cast<const int32_t*>(req_to_token.data_ptr()),
-      .req_pool_indices = req_pool_indices.data_ptr(),
-      .seq_lens = seq_lens.data_ptr(),
-      .req_to_token_stride = req_to_token.stride(0),
-      .indices_are_64bit = indices_are_64bit,
-      .lens_are_64bit = lens_are_64bit,
-      .rows = static_cast<int32_t>(rows),
-      .runs = static_cast<int32_t>(runs),
+
+  /// Waits for the uploads: nobody else knows that the device reads the ring. Errors are ignored, as
+  /// the driver may be gone at the end of a process.
+  ~PlanBuffers() {
+    for (const Buffer& buffer : buffers_) {
+      if (buffer.read == nullptr) continue;
+      cudaEventSynchronize(buffer.read);
+      cudaEventDestroy(buffer.read);
+    }
+  }
+  PlanBuffers(const PlanBuffers&) = delete;
+  PlanBuffers& operator=(const PlanBuffers&) = delete;
+
+  /// Waits until the device has read what was last uploaded from a buffer of the ring.
+  void acquire(int64_t turn) {
+    const Buffer& buffer = at(turn);
+    if (buffer.read == nullptr) return;
+    check_cuda(cudaEventSynchronize(buffer.read), "waiting for an upload");
+  }
+
+  /// Uploads the plan that lies in a buffer of the ring and gathers its slots.
+  void upload(int64_t turn, TensorView seq_lens, TensorView req_to_token,
+              TensorView req_pool_indices) {
+    Buffer& buffer = at(turn);
+    const int32_t* words = static_cast<const int32_t*>(ring_.data_ptr()) + turn * ring_.size(1);
+    const int32_t count = words[pat::kHeaderWordCount], rows = words[pat::kHeaderRows];
+    if (count < pat::kHeaderWords || count > words_.size(0) || rows < 0 || rows > filled_.size(0)) {
+      TVM_FFI_THROW(ValueError) << "buffer " << turn
+                                << " of the ring holds no plan that fits: " << count << " words, "
+                                << rows << " rows";
+    }
+    auto* plan = static_cast<int32_t*>(words_.data_ptr());
+    pat::FillParams params = step_params(rows, seq_lens, req_to_token, req_pool_indices);
+    params.runs = plan + words[pat::kHeaderOffRuns];
+    params.reps = plan + words[pat::kHeaderOffReps];
+    params.tails = plan + words[pat::kHeaderOffTails];
+    params.fresh = true;
+    params.num_runs = words[pat::kHeaderRuns];
+
+    const DeviceGuard guard(device_.device_id);
+    const cudaStream_t stream = current_stream(device_);
+    prepare(buffer, words);
+    const bool by_kernel = buffer.on_device != nullptr;
+    check_cuda(by_kernel ? pat::launch_upload(buffer.on_device, plan, count, stream)
+                         : cudaMemcpyAsync(plan, words, sizeof(int32_t) * count,
+                                           cudaMemcpyHostToDevice, stream),
+               "uploading the plan");
+    // NOTE: after the fill kernel, which between the two would not be the upload's dependent.
+    const cudaError_t filled = pat::launch_fill(params, by_kernel, stream);
+    check_cuda(cudaEventRecord(buffer.read, stream), "recording an upload");
+    check_cuda(filled, "launching the fill kernel");
+    tails_ = params.tails;
+    rows_ = rows;
+  }
+
+  /// Appends slots up to the true lengths, in a later step of the plan that was uploaded last.
+  void append(TensorView seq_lens, TensorView req_to_token, TensorView req_pool_indices) {
+    pat::FillParams params = step_params(rows_, seq_lens, req_to_token, req_pool_indices);
+    params.tails = tails_;
+    if (rows_ == 0) return;
+    const DeviceGuard guard(device_.device_id);
+    check_cuda(pat::launch_fill(params, false, current_stream(device_)),
+               "launching the fill kernel");
+  }
+
+ private:
+  struct Buffer {
+    cudaEvent_t read = nullptr;       // its last upload has been done; none before the first
+    const void* on_device = nullptr;  // its address there, none: the copy engine must be used
   };
-  const DeviceGuard guard(device.device_id);
-  check_cuda(pat::launch_fill(params, current_stream(device)), "launching the fill kernel");
+
+  Buffer& at(int64_t turn) {
+    if (turn < 0 || turn >= static_cast<int64_t>(buffers_.size())) {
+      TVM_FFI_THROW(ValueError) << "the ring has " << buffers_.size() << " buffers, not buffer "
+                                << turn;
+    }
+    return buffers_[turn];
+  }
+
+  /// Before the first upload from a buffer; the device is current.
+  static void prepare(Buffer& buffer, const int32_t* words) {
+    if (buffer.read != nullptr) return;
+    check_cuda(cudaEventCreateWithFlags(&buffer.read, cudaEventDisableTiming), "making an event");
+    void* address = nullptr;
+    if (cudaHostGetDevicePointer(&address, const_cast<int32_t*>(words), 0) == cudaSuccess) {
+      buffer.on_device = address;
+    } else {
+      cudaGetLastError();  // not mapped is no error of ours
+    }
+  }
+
+  /// What every step passes, checked.
+  pat::FillParams step_params(int32_t rows, const TensorView& seq_lens,
+                              const TensorView& req_to_token, const TensorView& req_pool_indices) {
+    check(req_to_token, "req_to_token", 2, kInt32, device_, 1);
+    const bool indices_are_64bit = is_64bit(req_pool_indices, "req_pool_indices");
+    const bool lens_are_64bit = is_64bit(seq_lens, "seq_lens");
+    check(req_pool_indices, "req_pool_indices", 1, req_pool_indices.dtype(), device_, 1);
+    check(seq_lens, "seq_lens", 1, seq_lens.dtype(), device_, 1);
+    if (req_pool_indices.size(0) < rows || seq_lens.size(0) < rows) {
+      TVM_FFI_THROW(ValueError) << "the plan has " << rows << " rows, but req_pool_indices has "
+                                << req_pool_indices.size(0) << " and seq_lens " << seq_lens.size(0);
+    }
+    return {
+        .runs = nullptr,
+        .reps = nullptr,
+        .tails = nullptr,
+        .slots = static_cast<int32_t*>(slots_.data_ptr()),
+        .filled = static_cast<int32_t*>(filled_.data_ptr()),
+        .live_lens = static_cast<int32_t*>(live_lens_.data_ptr()),
+        .req_to_token = static_cast<const int32_t*>(req_to_token.data_ptr()),
+        .req_pool_indices = req_pool_indices.data_ptr(),
+        .seq_lens = seq_lens.data_ptr(),
+        .req_to_token_stride = req_to_token.stride(0),
+        .indices_are_64bit = indices_are_64bit,
+        .lens_are_64bit = lens_are_64bit,
+        .fresh = false,
+        .rows = rows,
+        .num_runs = 0,
+    };
+  }
+
+  const Tensor words_, slots_, filled_, live_lens_,
+      ring_;  // held: the device may be at work on them
+  const DLDevice device_;
+  std::vector<Buffer> buffers_;
+  const int32_t* tails_ = nullptr;  // of the current plan
+  int32_t rows_ = 0;
+};
+
+/// See pat_sglang/plan.py, Transfer. Returns acquire, upload and append of the bound buffers.
+Array<Function> bind_plan(Tensor words, Tensor slots, Tensor filled, Tensor live_lens,
+                          Tensor ring) {
+  auto buffers = std::make_shared<PlanBuffers>(
+      std::move(words), std::move(slots), std::move(filled), std::move(live_lens), std::move(ring));
+  return {
+      Function::FromTyped([buffers](int64_t turn) { buffers->acquire(turn); }),
+      Function::FromTyped([buffers](int64_t turn, TensorView seq_lens, TensorView req_to_token,
+                                    TensorView req_pool_indices) {
+        buffers->upload(turn, seq_lens, req_to_token, req_pool_indices);
+      }),
+      Function::FromTyped(
+          [buffers](TensorView seq_lens, TensorView req_to_token, TensorView req_pool_indices) {
+            buffers->append(seq_lens, req_to_token, req_pool_indices);
+          }),
+  };
 }
 
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, decode);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(fill, fill);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_plan, bind_plan);

@@ -131,7 +131,7 @@ def capacity_for(
     words += (FRAGMENT_WORDS + STEP_WORDS * (MAX_CHAIN_DEPTH + 1)) * fragments
     words += (RUN_WORDS + 1) * max_rows  # runs and reps
     words += (TAIL_WORDS + 1) * max_rows + 1  # tails and part_ptr
-    return Capacity(max_rows, max_parts, items, slots, words)
+    return Capacity(max_rows, max_parts, items, slots, _align(words, TABLE_ALIGN))
 
 
 def _align(n: int, to: int) -> int:

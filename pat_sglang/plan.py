@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,6 +112,18 @@ def _items_by_tile(tables: PlanTables) -> dict[str, int]:
     return {f"{tile.rows}x{tile.tokens}": n for tile, n in zip(TILES, counts, strict=True) if n}
 
 
+class Transfer(NamedTuple):
+    """What brings plans and slots to the device, on the current stream.
+
+    On CUDA ``bind_plan`` of csrc/binding.cc, which knows the buffers; on the CPU the planner.
+    ``tensors``: ``seq_lens``, ``req_to_token``, ``req_pool_indices``, see ``DecodePlanner.plan``.
+    """
+
+    acquire: Callable[[int], None]  # (turn): waits until this buffer of the ring may be written
+    upload: Callable[..., None]  # (turn, *tensors): the plan in this buffer, and all its slots
+    append: Callable[..., None]  # (*tensors): the slots that are new since
+
+
 class DecodePlan:
     """Everything a decode step needs on the device, at fixed addresses.
 
@@ -187,6 +199,7 @@ class DecodePlan:
         self.header = words[: layout.HEADER_WORDS].tolist()
         self.unshared_tokens, self.slots_compared = unshared_tokens, slots_compared
         self._stats = None
+        self.version += 1
 
     def validate(
         self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
@@ -335,13 +348,16 @@ class DecodePlanner:
         self.host = HostPlanner(shape, model, capacity)
         self.max_rows = max_rows
         self._plan = DecodePlan(self, capacity)
-        pinned = self.device.type == "cuda"
-        self._ring = [
-            torch.zeros(capacity.words, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)
-        ]
-        self._ring_words = [buffer.numpy() for buffer in self._ring]  # the same memory
-        self._events = [torch.cuda.Event() for _ in self._ring] if pinned else []
+        on_device = self.module is not None
+        ring = torch.zeros((RING, capacity.words), dtype=torch.int32, pin_memory=on_device)
+        self._ring = list(ring.numpy())  # the same memory
         self._turn = 0
+        plan = self._plan
+        if on_device:
+            buffers = (plan.words, plan.slots, plan.filled, plan.live_lens, ring)
+            self.transfer = Transfer(*self.module.bind_plan(*buffers))
+        else:
+            self.transfer = Transfer(lambda turn: None, self._upload_on_cpu, self._append_on_cpu)
         self._warned = False
         self._planned_lens = np.zeros(0, np.int32)
         self._steps = 0
@@ -390,10 +406,9 @@ class DecodePlanner:
             forest, leaf_of_row = Forest.empty(), np.full(rows, -1, np.int32)
         leaves = np.ascontiguousarray(leaf_of_row, dtype=np.int32)
 
-        turn = (self._turn + 1) % len(self._ring)
-        staging, words = self._ring[turn], self._ring_words[turn]
-        if self._events:
-            self._events[turn].synchronize()  # returns at once unless RING plans are ahead
+        turn = (self._turn + 1) % RING
+        words = self._ring[turn]
+        self.transfer.acquire(turn)  # returns at once unless RING plans are ahead
         slots_compared = False
         try:
             count = self.host.plan(forest, leaves, lens, words)
@@ -408,16 +423,13 @@ class DecodePlanner:
             table = req_to_token[indices, : int(lens.max(initial=0))].cpu().numpy()
             forest, leaves = Forest.from_slots(table, lens)
             count = self.host.plan(forest, leaves, lens, words)
+        self.transfer.upload(turn, seq_lens, req_to_token, req_pool_indices)
         plan = self._plan
         plan.renew(words[:count], int(lens.sum()), slots_compared)
-        plan.words[:count].copy_(staging[:count], non_blocking=True)
-        if self._events:
-            self._events[turn].record(torch.cuda.current_stream(self.device))
         self._turn = turn  # a batch that was refused leaves the current plan's words alone
         self._tensors = (seq_lens, req_to_token, req_pool_indices)
         self._planned_lens = lens
         self._steps = 0
-        self._fill(fresh=True)
         plan.plan_us = (time.perf_counter() - started) * 1e6
         return plan
 
@@ -456,7 +468,8 @@ class DecodePlanner:
         )
         # Launched before the horizon is looked at: a fill too many does no harm, the next plan
         # fills everything again.
-        self._fill(fresh=False)
+        self.transfer.append(*self._tensors)
+        plan.version += 1
         self._steps += 1
         grown = self._steps
         if lens is not None:
@@ -465,38 +478,35 @@ class DecodePlanner:
             grown = int((lens - self._planned_lens).view(np.uint32).max(initial=0))
         return grown <= plan.header[layout.H_HORIZON] - LAG
 
-    def _fill(self, *, fresh: bool) -> None:
-        """Slot snapshot up to the true lengths; after a new plan from the start of every run."""
-        assert self._tensors is not None
+    def _upload_on_cpu(
+        self,
+        turn: int,
+        seq_lens: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+    ) -> None:
+        plan, words = self._plan, self._ring[turn]
+        count = int(words[layout.H_WORDS])
+        plan.words[:count] = torch.from_numpy(words[:count])
+        tables = PlanTables.parse(words)
+        for (slot, length, _, begin), rep in zip(
+            tables.runs.tolist(), tables.reps.tolist(), strict=True
+        ):
+            line = req_to_token[req_pool_indices[rep]]
+            plan.slots[slot : slot + length] = line[begin : begin + length]
+        plan.filled[: len(tables.tails)] = torch.from_numpy(tables.tails[:, 1].copy())
+        self._append_on_cpu(seq_lens, req_to_token, req_pool_indices)
+
+    def _append_on_cpu(
+        self, seq_lens: torch.Tensor, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
+    ) -> None:
+        """As the fill kernel in csrc/device/fill.cu."""
         plan = self._plan
-        plan.version += 1
-        seq_lens, req_to_token, req_pool_indices = self._tensors
-        if self.module is not None:
-            self.module.fill(
-                plan.words,
-                plan.slots,
-                plan.filled,
-                plan.live_lens,
-                req_to_token,
-                req_pool_indices,
-                seq_lens,
-                len(self._planned_lens),
-                plan.header[layout.H_RUNS] if fresh else -1,
-            )
-            return
-        tables = plan.tables
-        rows = len(self._planned_lens)
-        capacity = torch.from_numpy(tables.tails[:, 1] + tables.tails[:, 2])
-        overflows = seq_lens[:rows] > capacity  # as in csrc/device/fill.cu
+        tails = PlanTables.parse(plan.words.numpy()).tails
+        rows = len(tails)
+        overflows = seq_lens[:rows] > torch.from_numpy(tails[:, 1] + tails[:, 2])
         plan.live_lens[:rows] = torch.where(overflows, -1, seq_lens[:rows])
-        if fresh:
-            for (slot, length, _, begin), rep in zip(
-                tables.runs.tolist(), tables.reps.tolist(), strict=True
-            ):
-                line = req_to_token[req_pool_indices[rep]]
-                plan.slots[slot : slot + length] = line[begin : begin + length]
-            plan.filled[:rows] = torch.from_numpy(tables.tails[:, 1].copy())
-        for row, (slot, begin, cap, _) in enumerate(tables.tails.tolist()):
+        for row, (slot, begin, cap, _) in enumerate(tails.tolist()):
             have = int(plan.filled[row])
             end = min(int(seq_lens[row]), begin + cap)
             if have < end:

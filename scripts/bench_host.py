@@ -97,17 +97,23 @@ class Observed:
         return structure
 
 
-class Kernels:
-    """Takes the kernels' place in a planner: notes the time of the launch, then launches."""
+class Launches:
+    """Takes the place of a planner's transfer: notes the time of a launch, then launches."""
 
-    def __init__(self, kernels: Any) -> None:
-        self.kernels = kernels  # None on a CPU, where the fill is no part of the host's work
-        self.launched_ns = 0
+    def __init__(self, transfer: Any) -> None:
+        self.transfer = transfer  # None on a CPU, where it is no part of the host's work
+        self.ns = 0
+        self.acquire = (lambda turn: None) if transfer is None else transfer.acquire
 
-    def fill(self, *args: Any) -> None:
-        self.launched_ns = time.perf_counter_ns()
-        if self.kernels is not None:
-            self.kernels.fill(*args)
+    def upload(self, *args: Any) -> None:
+        self.ns = time.perf_counter_ns()
+        if self.transfer is not None:
+            self.transfer.upload(*args)
+
+    def append(self, *args: Any) -> None:
+        self.ns = time.perf_counter_ns()
+        if self.transfer is not None:
+            self.transfer.append(*args)
 
 
 class Bed:
@@ -140,10 +146,11 @@ class Bed:
         self.backend = builder.wrap("torch_native", TorchNativeAttnBackend)(self.runner)
         self.backend._pat.captured = True  # and no layer needed the base
         (self.planner,) = self.backend._pat.planners.values()
-        self.planner.module = self.kernels = Kernels(self.planner.module)
+        self.launches = Launches(self.planner.transfer if device == "cuda" else None)
+        self.planner.transfer = self.launches
         tracker = self.backend._pat.feed.tracker
         tracker.observe = self.observed = Observed(tracker.observe)
-        self.words = np.empty_like(self.planner._ring_words[0])
+        self.words = np.empty_like(self.planner._ring[0])
         self.hook, self.levels, self.steps = on_init_new, levels, 0
 
     def new(self, tokens: int) -> list[int]:
@@ -203,8 +210,7 @@ class Bed:
         self.backend.init_forward_metadata_out_graph(view)
         end = time.perf_counter_ns()
         structure = seen - begin + self.observed.ns
-        launched = self.kernels.launched_ns
-        return Step(structure / 1e3, (end - begin) / 1e3, (launched - begin) / 1e3)
+        return Step(structure / 1e3, (end - begin) / 1e3, (self.launches.ns - begin) / 1e3)
 
     def changed(self) -> Step:
         """A step of a changed batch."""

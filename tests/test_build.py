@@ -19,7 +19,7 @@ import pytest
 import torch
 import tvm_ffi
 
-from pat_sglang import jit
+from pat_sglang import jit, layout
 
 pytestmark = pytest.mark.nvcc
 
@@ -94,7 +94,7 @@ def test_builds_and_loads_without_a_gpu(
     with capsys.disabled():
         print(f"\n{path.stem}: {time.perf_counter() - begin:.1f} s")
     module = tvm_ffi.load_module(str(path))
-    for name in ("decode", "fill"):
+    for name in ("decode", "bind_plan"):
         assert isinstance(module.get_function(name), tvm_ffi.Function)
     assert "release" in (path.parent / "compiler.txt").read_text()
 
@@ -179,7 +179,7 @@ def test_registers_spills_and_shared_memory(
             line = "{:20} {:9}  {:12}  {:5}  {:10}  {:7}"
             print(line.format(*kernel, dynamic if kernel == decode_kernel else 0))
     found = {kernel.name.split("<")[0] for kernel in kernels}
-    assert found >= {"decode_kernel", "merge_kernel", "fill_kernel"}
+    assert found >= {"decode_kernel", "merge_kernel", "upload_kernel", "fill_kernel"}
     assert all(0 < kernel.registers <= MAX_REGISTERS for kernel in kernels), kernels
     for kernel in kernels:
         stores, loads = 0, 0
@@ -269,19 +269,39 @@ def decode(module: Any, **other: Any) -> None:
     module.decode(*(arguments | other).values(), 0.125)
 
 
-def fill(module: Any, rows: int = 0, **other: Any) -> None:
-    """Launches nothing: zero rows."""
-    arguments = {
-        "plan": T("i32", 100),
-        "slots": T("i32", 100),
-        "filled": T("i32", 4),
-        "live_lens": T("i32", 4),
-        "req_to_token": T("i32", 8, 512),
-        "req_pool_indices": T("i64", 4),
-        "seq_lens": T("i32", 4),
-    }
+# NOTE: of the module, as a binding holds on to what lies in them.
+BUFFERS = {
+    "words": T("i32", 100),
+    "slots": T("i32", 100),
+    "filled": T("i32", 4),
+    "live_lens": T("i32", 4),
+}
+STEP = {
+    "seq_lens": T("i32", 4),
+    "req_to_token": T("i32", 8, 512),
+    "req_pool_indices": T("i64", 4),
+}
+
+
+def bind(module: Any, **other: Any) -> Any:
+    """acquire, upload and append of buffers that hold no plan yet."""
+    arguments = {**BUFFERS, "ring": torch.zeros(2, 100, dtype=torch.int32)}
     assert other.keys() <= arguments.keys()
-    module.fill(*(arguments | other).values(), rows, -1)
+    return module.bind_plan(*(arguments | other).values())
+
+
+def append(module: Any, **other: Any) -> None:
+    """Launches nothing: there is no plan."""
+    assert other.keys() <= STEP.keys()
+    bind(module)[2](*(STEP | other).values())
+
+
+def upload(module: Any, turn: int = 0, words: int = 40, rows: int = 4, **other: Any) -> None:
+    """With something that is refused; a plan in the first buffer of the ring, its counts alone."""
+    assert other.keys() <= STEP.keys()
+    ring = torch.zeros(2, 100, dtype=torch.int32)
+    ring[0, layout.H_WORDS], ring[0, layout.H_ROWS] = words, rows
+    bind(module, ring=ring)[1](turn, *(STEP | other).values())
 
 
 def test_good_tensors_pass(module: Any) -> None:
@@ -289,9 +309,10 @@ def test_good_tensors_pass(module: Any) -> None:
     # Caches are views: one layer's part of a larger pool, any stride of whole 16 bytes.
     decode(module, k_cache=T("bf16", 64, 2, 128, strides=(512, 128, 1)))
     decode(module, q=T("bf16", 0, 8, 128, strides=(3072, 128, 1)))
-    fill(module)
-    fill(module, req_pool_indices=T("i32", 9), seq_lens=T("i64", 9))
-    fill(module, req_to_token=T("i32", 8, 512, strides=(4096, 1)))
+    append(module)
+    append(module, req_pool_indices=T("i32", 9), seq_lens=T("i64", 9))
+    append(module, req_to_token=T("i32", 8, 512, strides=(4096, 1)))
+    bind(module)[0](1)  # a buffer that nothing was uploaded from is free
 
 
 @pytest.mark.parametrize(
@@ -316,13 +337,27 @@ def test_good_tensors_pass(module: Any) -> None:
         (decode, {"partial_out": T("f32", 10, 4, 128)}, r"another geometry.*\[10, 4, 128\]"),
         (decode, {"partial_lse": T("f32", 9, 8)}, "another geometry"),
         (decode, {"counters": T("i32", 1)}, "counters is too short"),
-        (fill, {"plan": T("f32", 100)}, "plan must be int32, got float32"),
-        (fill, {"req_to_token": T("i64", 8, 512)}, "req_to_token must be int32, got int64"),
-        (fill, {"req_to_token": T("i32", 8, 512, strides=(1, 8))}, "req_to_token .* is 8"),
-        (fill, {"req_pool_indices": T("f32", 4)}, "req_pool_indices must be int32 or int64, got f"),
-        (fill, {"seq_lens": T("i32", 4, device=1)}, "seq_lens must be on cuda:0"),
-        (fill, {"seq_lens": T("i32", 3), "rows": 4}, "4 rows, .* seq_lens 3"),
-        (fill, {"filled": T("i32", 3), "rows": 4}, "the plan has 4 rows"),
+        (bind, {"words": T("f32", 100)}, "words must be int32, got float32"),
+        (bind, {"words": T("i32", 104)}, r"fit each other: words \[104\], ring \[2, 100\]"),
+        (bind, {"words": T("i32", 100, address=8)}, "words .* 16-byte aligned"),
+        (bind, {"words": T("i32", 100, device=1)}, "slots must be on cuda:1"),
+        (bind, {"slots": T("i32", 50, strides=(2,))}, "slots .* stride 0 is 2"),
+        (bind, {"filled": T("i32", 4, device=1)}, "filled must be on cuda:0"),
+        (bind, {"filled": T("i32", 3)}, r"live_lens \[4\], filled \[3\]"),
+        (bind, {"live_lens": T("i64", 4)}, "live_lens must be int32, got int64"),
+        (bind, {"ring": torch.zeros(2, 100)}, r"ring must be .* got float32 \[2, 100\]"),
+        (bind, {"ring": torch.zeros(100, 2, dtype=torch.int32).T}, "ring must be a contiguous"),
+        (bind, {"ring": T("i32", 2, 100)}, "ring must be .* on the host"),
+        (append, {"req_to_token": T("i64", 8, 512)}, "req_to_token must be int32, got int64"),
+        (append, {"req_to_token": T("i32", 8, 512, strides=(1, 8))}, "req_to_token .* is 8"),
+        (append, {"req_pool_indices": T("f32", 4)}, "req_pool_indices must be int32 or int64, got"),
+        (append, {"seq_lens": T("i32", 4, device=1)}, "seq_lens must be on cuda:0"),
+        (upload, {"seq_lens": T("i32", 4, device=1)}, "seq_lens must be on cuda:0"),
+        (upload, {"seq_lens": T("i32", 3)}, "4 rows, .* seq_lens 3"),
+        (upload, {"rows": 5}, "buffer 0 .* 40 words, 5 rows"),
+        (upload, {"words": 101}, "buffer 0 .* 101 words, 4 rows"),
+        (upload, {"turn": 1}, "buffer 1 .* 0 words, 0 rows"),
+        (upload, {"turn": 2}, "the ring has 2 buffers, not buffer 2"),
     ],
 )
 def test_bad_tensors_are_named(
@@ -335,8 +370,10 @@ def test_bad_tensors_are_named(
 def test_host_tensors_are_refused(module: Any) -> None:
     with pytest.raises(ValueError, match="q must be on cuda"):
         decode(module, q=torch.zeros(1, 8, 128, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="slots must be on cuda"):
+        bind(module, slots=torch.zeros(100, dtype=torch.int32))
     with pytest.raises(ValueError, match="seq_lens must be on cuda"):
-        fill(module, seq_lens=torch.zeros(4, dtype=torch.int32))
+        append(module, seq_lens=torch.zeros(4, dtype=torch.int32))
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -1,53 +1,96 @@
 // SPDX-License-Identifier: MIT
-// The fill kernel: brings the slot snapshot up to the true lengths, once a step, outside the graph.
+// What a step does on the device before its layers, outside the graph: the upload kernel brings a new plan
+// from the host, the fill kernel brings the slot snapshot up to the true lengths.
 //
-// After a new plan (runs >= 0): grid (rows + runs, kFreshBlocks); every run is gathered through its
-// representative row and every tail from its start. Otherwise: grid (rows, 1); only positions
+// Upload: the blocks read pinned host memory themselves, which spares the way to the copy engine and
+// back and lets the next kernel start early.
+//
+// Fill, after a new plan: grid (rows + runs, kFreshBlocks); every run is gathered through its
+// representative row and every tail from its start. It is a programmatic dependent of the upload: its
+// blocks are in place when the plan is. Otherwise: grid (rows, 1); only positions
 // [filled, seq_len) are copied, so a step the planner did not see heals itself.
+#include <algorithm>
+
 #include "params.h"
 #include "plan_layout.h"
+#include "ptx.cuh"
 
 namespace pat {
 namespace {
 
+constexpr int kUploadThreads = 256;
+constexpr int kUploadBlocks = 32;   // at most; their loads in flight are 512 KB
+constexpr int kUploadInFlight = 4;  // loads of 16 bytes a thread
 constexpr int kFillThreads = 128;
-constexpr int kFreshBlocks = 8;  // blocks that share one run or tail
+constexpr int kFillInFlight = 4;  // loads of a slot a thread
+constexpr int kFreshBlocks = 8;   // blocks that share one run or tail
 
-__device__ int64_t at(const void* array, bool is_64bit, int32_t index) {
-  return is_64bit ? static_cast<const int64_t*>(array)[index]
-                  : static_cast<const int32_t*>(array)[index];
-}
-
-/// Copies token positions [begin, end) of one line of req_to_token.
-__device__ void copy(const FillParams& params, int32_t row, int32_t begin, int32_t end,
-                     int32_t* to) {
-  const int64_t line = at(params.req_pool_indices, params.indices_are_64bit, row);
-  const int32_t* from = params.req_to_token + line * params.req_to_token_stride + begin;
-  for (int32_t i = blockIdx.y * kFillThreads + threadIdx.x; i < end - begin;
-       i += gridDim.y * kFillThreads) {
-    to[i] = from[i];
+__global__ void __launch_bounds__(kUploadThreads)
+    upload_kernel(const int4* __restrict__ from, int4* __restrict__ to, int32_t chunks) {
+  ptx::launch_dependents();  // the fill kernel waits for our end, but may be on its way
+  const int32_t stride = gridDim.x * kUploadThreads;
+  for (int32_t first = blockIdx.x * kUploadThreads + threadIdx.x; first < chunks;
+       first += kUploadInFlight * stride) {
+    int4 words[kUploadInFlight];
+#pragma unroll
+    for (int i = 0; i < kUploadInFlight; ++i) {
+      if (first + i * stride < chunks) words[i] = from[first + i * stride];
+    }
+#pragma unroll
+    for (int i = 0; i < kUploadInFlight; ++i) {
+      if (first + i * stride < chunks) to[first + i * stride] = words[i];
+    }
   }
 }
 
-__global__ void __launch_bounds__(kFillThreads)
-    fill_kernel(const __grid_constant__ FillParams params) {
-  const int32_t* plan = params.plan;
-  const bool fresh = params.runs >= 0;
-  if (const int32_t run = static_cast<int32_t>(blockIdx.x) - params.rows; run >= 0) {
-    const int32_t* words = plan + plan[kHeaderOffRuns] + kRunWords * run;
-    const int32_t begin = words[kRunPosition];
-    copy(params, plan[plan[kHeaderOffReps] + run], begin, begin + words[kRunLength],
-         params.slots + words[kRunSlot]);
-    return;
+/// An element below 2^31 of an int32 or int64 array: of the latter, the low half.
+__device__ int32_t at(const void* array, bool is_64bit, int32_t index) {
+  return ptx::load_l2(static_cast<const int32_t*>(array) + (is_64bit ? 2 * index : index));
+}
+
+/// A request row's line of req_to_token.
+__device__ const int32_t* line_of(const FillParams& params, int32_t row) {
+  return params.req_to_token +
+         at(params.req_pool_indices, params.indices_are_64bit, row) * params.req_to_token_stride;
+}
+
+/// Copies `count` slots, by all blocks of a column of the grid.
+__device__ void copy(const int32_t* from, int32_t count, int32_t* to) {
+  const int32_t stride = gridDim.y * kFillThreads;
+  for (int32_t first = blockIdx.y * kFillThreads + threadIdx.x; first < count;
+       first += kFillInFlight * stride) {
+    int32_t slots[kFillInFlight];
+#pragma unroll
+    for (int i = 0; i < kFillInFlight; ++i) {
+      if (first + i * stride < count) slots[i] = from[first + i * stride];
+    }
+#pragma unroll
+    for (int i = 0; i < kFillInFlight; ++i) {
+      if (first + i * stride < count) to[first + i * stride] = slots[i];
+    }
   }
-  const int32_t row = blockIdx.x;
-  const int32_t* tail = plan + plan[kHeaderOffTails] + kTailWords * row;
-  const int32_t position = tail[kTailPosition];
-  const int32_t length = static_cast<int32_t>(at(params.seq_lens, params.lens_are_64bit, row));
-  const bool overflows = length - position > tail[kTailCapacity];
-  const int32_t end = overflows ? position + tail[kTailCapacity] : length;
-  const int32_t begin = fresh ? position : params.filled[row];
-  copy(params, row, begin, end, params.slots + tail[kTailSlot] + begin - position);
+}
+
+__device__ void fill_run(const FillParams& params, int32_t index) {
+  ptx::wait_for_previous_kernel();
+  static_assert(kRunWords == 4 && kRunSlot == 0 && kRunLength == 1 && kRunPosition == 3);
+  const int4 run = ptx::load_l2(reinterpret_cast<const int4*>(params.runs) + index);
+  const int32_t row = ptx::load_l2(params.reps + index);
+  copy(line_of(params, row) + run.w, run.y, params.slots + run.x);
+}
+
+__device__ void fill_tail(const FillParams& params, int32_t row) {
+  // Ahead of the wait: the plan's upload has nothing to do with them.
+  const int32_t* line = line_of(params, row);
+  const int32_t length = at(params.seq_lens, params.lens_are_64bit, row);
+  ptx::wait_for_previous_kernel();
+  static_assert(kTailWords == 4 && kTailSlot == 0 && kTailPosition == 1 && kTailCapacity == 2);
+  const int4 tail = ptx::load_l2(reinterpret_cast<const int4*>(params.tails) + row);
+  const int32_t position = tail.y, capacity = tail.z;
+  const bool overflows = length - position > capacity;
+  const int32_t end = overflows ? position + capacity : length;
+  const int32_t begin = params.fresh ? position : params.filled[row];
+  copy(line + begin, end - begin, params.slots + tail.x + begin - position);
   __syncthreads();  // everyone has read `filled`
   if (blockIdx.y == 0 && threadIdx.x == 0) {
     params.filled[row] = max(begin, end);
@@ -55,14 +98,43 @@ __global__ void __launch_bounds__(kFillThreads)
   }
 }
 
+__global__ void __launch_bounds__(kFillThreads)
+    fill_kernel(const __grid_constant__ FillParams params) {
+  const int32_t row = blockIdx.x;
+  if (row < params.rows) {
+    fill_tail(params, row);
+  } else {
+    fill_run(params, row - params.rows);
+  }
+}
+
 }  // namespace
 
-cudaError_t launch_fill(const FillParams& params, cudaStream_t stream) {
-  const bool fresh = params.runs >= 0;
-  const dim3 grid(params.rows + (fresh ? params.runs : 0), fresh ? kFreshBlocks : 1);
-  if (grid.x == 0) return cudaSuccess;
-  fill_kernel<<<grid, kFillThreads, 0, stream>>>(params);
+cudaError_t launch_upload(const void* from, int32_t* to, int32_t words, cudaStream_t stream) {
+  const int32_t chunks = (words + 3) / 4;
+  const int32_t blocks = (chunks + kUploadThreads - 1) / kUploadThreads;
+  upload_kernel<<<std::min(blocks, kUploadBlocks), kUploadThreads, 0, stream>>>(
+      static_cast<const int4*>(from), reinterpret_cast<int4*>(to), chunks);
   return cudaGetLastError();
+}
+
+cudaError_t launch_fill(const FillParams& params, bool after_upload, cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = params.fresh ? dim3(params.rows + params.num_runs, kFreshBlocks) : params.rows;
+  config.blockDim = kFillThreads;
+  config.stream = stream;
+  if (config.gridDim.x == 0) return cudaSuccess;
+#if defined(PAT_PATH_SM90)
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = after_upload ? 1 : 0;
+#else
+  static_cast<void>(attribute);
+  static_cast<void>(after_upload);
+#endif
+  return cudaLaunchKernelEx(&config, fill_kernel, params);
 }
 
 }  // namespace pat

@@ -43,7 +43,9 @@ struct DecodeParams {
 
 /// Arguments of the fill kernel, which brings the slot snapshot up to the true lengths.
 struct FillParams {
-  const int32_t* __restrict__ plan;
+  const int32_t* runs;   // [num_runs, kRunWords] of the plan
+  const int32_t* reps;   // [num_runs] of the plan
+  const int32_t* tails;  // [rows, kTailWords] of the plan
   int32_t* __restrict__ slots;
   int32_t* __restrict__ filled;     // [rows] first position not yet in the snapshot
   int32_t* __restrict__ live_lens;  // [rows]
@@ -53,14 +55,18 @@ struct FillParams {
   const void* __restrict__ seq_lens;          // [rows] int32 or int64
   int64_t req_to_token_stride;
   bool indices_are_64bit, lens_are_64bit;
-  int32_t rows;  // request rows of the plan
-  int32_t runs;  // shared runs to gather anew, -1: only append to the tails
+  bool fresh;  // a new plan: gather everything anew; false: only append to the tails
+  int32_t rows, num_runs;
 };
 
 /// Each launches on `stream` and returns the launch's error; nothing is allocated.
 cudaError_t launch_decode(const DecodeParams& params, int32_t num_sms, cudaStream_t stream);
 cudaError_t launch_merge(const DecodeParams& params, int32_t num_sms, cudaStream_t stream);
-cudaError_t launch_fill(const FillParams& params, cudaStream_t stream);
+/// `words` words of pinned host memory, by an address the device knows; both ends are 16-byte aligned
+/// and have room for a multiple of 16 bytes.
+cudaError_t launch_upload(const void* from, int32_t* to, int32_t words, cudaStream_t stream);
+/// `after_upload`: the launch before it on the stream is launch_upload's.
+cudaError_t launch_fill(const FillParams& params, bool after_upload, cudaStream_t stream);
 
 /// Raises the forward kernel's shared-memory limit on the current device; once, before capture.
 cudaError_t prepare_decode();

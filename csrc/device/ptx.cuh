@@ -27,7 +27,21 @@ __device__ __forceinline__ void store_shared_x4(uint32_t address, int4 v) {
                : "memory");
 }
 
-/// Floats that the previous kernel has written, maybe after this one started: from L2, as L1 may be stale. Zeros when not
+/// What the previous kernel has written, maybe after this one started: from L2, as L1 may be stale.
+__device__ __forceinline__ int32_t load_l2(const int32_t* from) {
+  int32_t v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ int4 load_l2(const int4* from) {
+  int4 v;
+  asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+/// Floats that the previous kernel has written, as above. Zeros when not
 /// `valid`; the condition is in the instruction, as one in C++ makes ptxas spill what it guards.
 __device__ __forceinline__ void load_l2(float& v, const float* from, bool valid) {
   v = 0.f;

@@ -14,6 +14,7 @@ from compare import assert_close, oracle
 from pat_sglang import DecodePlanner, Forest, pat_decode
 from pat_sglang.host import HostPlanner
 from pat_sglang.packing import Search
+from pat_sglang.plan import RING, Transfer
 
 HEADS = [(4, 4), (6, 2), (10, 2), (7, 1), (16, 1), (32, 8), (9, 3), (40, 2)]
 CHAIN_HEADS = [(4, 4), (6, 2), (16, 4), (16, 2), (16, 1), (24, 1)]  # groups 1, 3, 4, 8, 16, 24
@@ -119,6 +120,69 @@ def test_graph_replay_with_changing_plans(make_planner):
         out.fill_(torch.nan)
         graph.replay()
         assert_close(out, case)
+
+
+def test_uploads_are_exact(make_planner):
+    rng = np.random.default_rng(7)
+    planner = make_planner(32, 8, 128)
+    odd_words = set()  # beyond whole 16 bytes
+    for rows in (1, 200, 2, 40, 3, 300):
+        case = cuda_case((32, 8), 128, *random_forest(rng, rows, max_len=60))
+        plan = plan_case(planner, case)
+        count = plan.host_words.size
+        odd_words.add(count % 4)
+        assert torch.equal(plan.words[:count].cpu(), torch.from_numpy(plan.host_words))
+        assert torch.equal(plan.live_lens[:rows].long(), case.seq_lens.long())
+        assert_close(run(case, plan), case)
+    assert odd_words == {0, 1, 2, 3}
+
+
+def test_a_ring_that_the_device_cannot_read(make_planner):
+    # Pageable memory: the copy engine uploads, and the fill kernel is no dependent.
+    rng = np.random.default_rng(9)
+    planner = make_planner(32, 8, 128)
+    plan = planner._plan
+    ring = torch.zeros(RING, plan.words.numel(), dtype=torch.int32)
+    buffers = (plan.words, plan.slots, plan.filled, plan.live_lens, ring)
+    planner.transfer = Transfer(*planner.module.bind_plan(*buffers))
+    planner._ring = list(ring.numpy())
+    for seed in range(2 * RING):
+        check_batch(planner, (32, 8), 128, random_forest(rng, 30, max_len=90), torch.bfloat16, seed)
+
+
+def test_plans_back_to_back_on_another_stream(make_planner):
+    # The device is kept behind, so that the ring's buffers are all taken: a plan must wait for one.
+    rng = np.random.default_rng(8)
+    planner = make_planner(32, 8, 128)
+    batches = [random_forest(rng, int(rng.integers(1, 120)), max_len=120) for _ in range(4 * RING)]
+    cases = [cuda_case((32, 8), 128, *batch, seed=i) for i, batch in enumerate(batches)]
+    outs = []
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for case, (forest, leaves, lens) in zip(cases, batches, strict=True):
+            torch.cuda._sleep(20_000_000)
+            plan = planner.plan(
+                forest, leaves, lens, case.seq_lens, case.req_to_token, case.req_pool_indices
+            )
+            outs.append(run(case, plan))
+    stream.synchronize()
+    for out, case in zip(outs, cases, strict=True):
+        assert_close(out, case)
+
+
+def test_a_step_that_is_refused_leaves_the_plan_alone(make_planner):
+    case = cuda_case((32, 8), 128, Forest.empty(), np.full(3, -1), np.array([5, 9, 70]), spare=60)
+    planner = make_planner(32, 8, 128)
+    plan = plan_case(planner, case)
+    on_device = (case.seq_lens, case.req_to_token, case.req_pool_indices)
+    for wrong, message in [(0, "seq_lens must be on cuda"), (1, "req_to_token must be on cuda")]:
+        tensors = [t.cpu() if i == wrong else t for i, t in enumerate(on_device)]
+        with pytest.raises(ValueError, match=message):
+            planner.plan(None, None, np.array([50, 50, 50]), *tensors)
+    case.grow(np.ones(3, np.int64))
+    assert planner.advance(plan)
+    assert_close(run(case, plan), case)
 
 
 @pytest.mark.parametrize("heads", [(32, 8), (4, 4)])
