@@ -231,9 +231,10 @@ class ForestBuilder:
         if shared.forest is None:  # rows meet at the root at most
             return None, None
         leaf_of_row = np.fromiter(map(shared.leaf.__getitem__, nodes), np.int32, len(nodes))
-        too_long = shared.depth[leaf_of_row] >= lens[: len(nodes)]
-        for row in np.flatnonzero(too_long):
-            leaf_of_row[row] = shared.lifted(int(leaf_of_row[row]), int(lens[row]) - 1)
+        lens = lens[: len(nodes)]
+        if lens.min() <= shared.deepest:
+            for row in np.flatnonzero(shared.depth[leaf_of_row] >= lens):
+                leaf_of_row[row] = shared.lifted(int(leaf_of_row[row]), int(lens[row]) - 1)
         return shared.forest, leaf_of_row
 
 
@@ -248,6 +249,7 @@ class _SharedNodes:
         leaf: index of the deepest shared node at or above each row's last node, -1: none.
         depth: int64 ``[nodes + 1]``, tokens from the root to each node's end; the last one, which
             -1 picks, is 0.
+        deepest: the largest of them.
     """
 
     def __init__(self, nodes: Sequence[Any]) -> None:
@@ -270,6 +272,7 @@ class _SharedNodes:
         for parent, length in zip(self._parents, self._lengths, strict=True):
             depths.append(length + (depths[parent] if parent >= 0 else 0))
         self.depth = np.array([*depths, 0])
+        self.deepest = max(depths, default=0)
         self.forest: Forest | None = None
         if self._nodes:
             parents = np.array(self._parents, np.int32)
