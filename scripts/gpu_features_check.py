@@ -98,6 +98,7 @@ class Questions:
         self.own = self.rescored(base, answers, **options)
         if "p99" not in self.own:
             raise RuntimeError(f"{base.name}: log-probabilities are not finite")
+        print(f"{base.name}: its own answers, rescored: {self.own}", flush=True)
         return answers
 
     def one_by_one(self, server: Controlled) -> list[Answer]:
@@ -163,22 +164,37 @@ class Questions:
         return [f"{what}: p99 {row['p99']:.2e} is above {bound:.2e}"] * (row["p99"] > bound)
 
 
+class Rows(Row):
+    """Checks by name, each shown as it comes: what a run found until it was cut short is known."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__()
+        self.family = family
+
+    def __setitem__(self, name: str, row: Row) -> None:
+        super().__setitem__(name, row)
+        told = {k: v for k, v in row.items() if k != "problems"}
+        shown = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in told.items()}
+        problems = "; ".join(row.get("problems", [])) or "as it should be"
+        print(f"{self.family}: {name}: {problems} {shown}", flush=True)
+
+
 class Checks:
     """Operations on a PAT server, each followed by the questions of before."""
 
-    def __init__(self, server: Controlled, questions: Questions, model: Path) -> None:
-        self.server, self.questions, self.model = server, questions, model
+    def __init__(self, server: Controlled, questions: Questions, model: Path, rows: Rows) -> None:
+        self.server, self.questions, self.model, self.rows = server, questions, model, rows
         self.solo = questions.one_by_one(server)
         self.batch = questions.at_once(server)
-        self.rows: Row = {"one by one": questions.check(self.solo, self.solo, server)}
+        self.rows["one by one"] = questions.check(self.solo, self.solo, server)
 
-    def after(self, name: str, **facts: Any) -> None:
+    def after(self, name: str, *problems: str, **facts: Any) -> None:
         """The same answers as before all operations?"""
         questions, server = self.questions, self.server
         solo = questions.one_by_one(server)
         equal = sum(a.tokens == b.tokens for a, b in zip(solo, self.solo, strict=True))
         row = questions.check(self.batch, questions.at_once(server), server)
-        row["problems"] += questions.apart(self.solo, solo)["problems"]
+        row["problems"] += [*questions.apart(self.solo, solo)["problems"], *problems]
         row.update(solo_equal=equal, solo=len(solo), **facts)
         if equal < len(solo):
             row["problems"].append(f"{len(solo) - equal} of {len(solo)} lone answers changed")
@@ -233,12 +249,11 @@ class Checks:
         self.server.order("resume_memory_occupation", tags=["weights"])
         self.update(flush_cache=False)  # what was released is lost
         self.server.order("resume_memory_occupation", tags=["kv_cache", "cuda_graph"])
-        self.after("released and resumed", freed_mib=freed)
-        row = self.rows["released and resumed"]
-        if not self.questions.cpu and freed < full / 2:  # nearly all of it is the KV cache
-            row["problems"].append(f"only {freed} of {full} MiB were freed")
+        too_few = not self.questions.cpu and freed < full / 2  # nearly all of it is the KV cache
+        problems = [f"only {freed} of {full} MiB were freed"] * too_few
+        self.after("released and resumed", *problems, freed_mib=freed)
 
-    def run(self) -> Row:
+    def run(self) -> None:
         self.after("flushed")
         self.samples()
         self.paused("paused in place", "in_place")
@@ -251,7 +266,6 @@ class Checks:
         self.update(flush_cache=True, recapture_cuda_graph=True)
         self.after("weights updated, graphs recaptured")
         self.released()
-        return self.rows
 
 
 def used_mib() -> int:
@@ -311,13 +325,16 @@ class Family:
     def ready(self, server: Controlled) -> Controlled:
         seconds = server.wait(START_PATIENCE_S)
         self.result.setdefault("ready_s", {})[server.name] = round(seconds)
+        print(f"{server.name}: ready after {seconds:.0f} s", flush=True)
         return server
 
     def run(self, measure: Callable[[Family, Questions], None], questions: Questions) -> Row:
         with concluded(self.result, self.started):
             measure(self, questions)
         self.result["own"] = questions.own
-        self.show()
+        problems = "; ".join(self.result["problems"]) or "as it should be"
+        sizes = self.result.get("max_total_num_tokens", "")
+        print(f"{self.name}: {self.result['seconds']} s: {problems} {sizes}", flush=True)
         return self.result
 
     def conclude(self, pat: Controlled, rows: Row, *more: str) -> None:
@@ -325,19 +342,8 @@ class Family:
         state = pat.pat_state()
         state.pop("best_plan", None)
         self.result.update(
-            checks=rows, pat=state, problems=[*more, *problems, *state_problems(pat)]
+            checks=dict(rows), pat=state, problems=[*more, *problems, *state_problems(pat)]
         )
-
-    def show(self) -> None:
-        print(f"\n{self.name}: {self.result['seconds']} s, ready {self.result.get('ready_s')}")
-        rows = {"the base's own, rescored": self.result["own"], **self.result.get("checks", {})}
-        for name, row in rows.items():
-            told = {k: v for k, v in row.items() if k != "problems"}  # those come at the end
-            shown = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in told.items()}
-            print(f"  {name:<36} {shown}")
-        if sizes := self.result.get("max_total_num_tokens"):
-            print(f"  max_total_num_tokens {sizes}")
-        print("  " + ("; ".join(self.result["problems"]) or "as it should be"), flush=True)
 
 
 def measure_main(family: Family, questions: Questions) -> None:
@@ -352,9 +358,10 @@ def measure_main(family: Family, questions: Questions) -> None:
         time.sleep(0.2)  # its memory must be back, or PAT's pool is smaller for that
     pat = family.ready(family.start(with_pat=True))
     sizes["pat"] = pat.pool_size()
-    checks = Checks(pat, questions, family.options.model)
-    checks.rows["as the base"] = questions.check(expected, checks.batch, pat)
-    rows = checks.run()
+    rows = Rows(family.name)
+    checks = Checks(pat, questions, family.options.model, rows)
+    rows["as the base"] = questions.check(expected, checks.batch, pat)
+    checks.run()
     family.result.update(max_total_num_tokens=sizes)
     differ = sizes["base"] != sizes["pat"]
     family.conclude(pat, rows, *([f"max_total_num_tokens differ: {sizes}"] if differ else []))
@@ -372,10 +379,12 @@ def measure_lora(family: Family, questions: Questions) -> None:
     expected = questions.calibrate(base, lora_path=names)
     answers = questions.at_once(pat, lora_path=names)
     plain = questions.at_once(pat)
-    rows = {"as the base": questions.check(expected, answers, base, lora_path=names)}
+    row = questions.check(expected, answers, base, lora_path=names)
     tuned = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(answers, plain, strict=True)]
     if not max(d for d, name in zip(tuned, names, strict=True) if name) > 0.05:
-        rows["as the base"]["problems"].append("the adapter changed nothing")
+        row["problems"].append("the adapter changed nothing")
+    rows = Rows(family.name)
+    rows["as the base"] = row
     family.conclude(pat, rows)
 
 
@@ -386,7 +395,7 @@ def measure_hicache(family: Family, questions: Questions) -> None:
     longest = max(questions.prompts, key=len)
     count = SMALL_POOL // len(longest) + 1
     fillers = [longest[k:] + longest[:k] for k in range(1, count + 1)]
-    rows: Row = {}
+    rows = Rows(family.name)
     for server in (base, pat):
         before = questions.at_once(server)
         for filler in fillers:
@@ -406,8 +415,9 @@ def measure_hicache(family: Family, questions: Questions) -> None:
 def measure_dp(family: Family, questions: Questions) -> None:
     base, pat = both(family)
     expected = questions.calibrate(base)
-    answers = questions.at_once(pat)
-    family.conclude(pat, {"as the base": questions.check(expected, answers, base)})
+    rows = Rows(family.name)
+    rows["as the base"] = questions.check(expected, questions.at_once(pat), base)
+    family.conclude(pat, rows)
 
 
 def gpu_count() -> int:
