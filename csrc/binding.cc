@@ -313,6 +313,8 @@ class PlanBuffers {
   void acquire(int64_t turn) {
     const Buffer& buffer = at(turn);
     if (buffer.read == nullptr) return;
+    const DeviceGuard guard(device_.device_id);
+    stream_of_step();  // waiting would break a capture
     check_cuda(cudaEventSynchronize(buffer.read), "waiting for an upload");
   }
 
@@ -336,9 +338,10 @@ class PlanBuffers {
     params.num_runs = words[pat::kHeaderRuns];
 
     const DeviceGuard guard(device_.device_id);
-    const cudaStream_t stream = current_stream(device_);
+    const cudaStream_t stream = stream_of_step();
     prepare(buffer, words);
     const bool by_kernel = buffer.on_device != nullptr;
+    rows_ = 0;  // should one of the launches fail, there is no plan to append to
     check_cuda(by_kernel ? pat::launch_upload(buffer.on_device, plan, count, stream)
                          : cudaMemcpyAsync(plan, words, sizeof(int32_t) * count,
                                            cudaMemcpyHostToDevice, stream),
@@ -357,8 +360,7 @@ class PlanBuffers {
     params.tails = tails_;
     if (rows_ == 0) return;
     const DeviceGuard guard(device_.device_id);
-    check_cuda(pat::launch_fill(params, false, current_stream(device_)),
-               "launching the fill kernel");
+    check_cuda(pat::launch_fill(params, false, stream_of_step()), "launching the fill kernel");
   }
 
  private:
@@ -373,6 +375,20 @@ class PlanBuffers {
                                 << turn;
     }
     return buffers_[turn];
+  }
+
+  /// The stream of a step. Not one that is being captured: the launch has the plan's row count and
+  /// table offsets in its arguments, a replay would fill a later plan by them.
+  cudaStream_t stream_of_step() const {
+    const cudaStream_t stream = current_stream(device_);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(stream, &status), "asking whether the stream is captured");
+    if (status != cudaStreamCaptureStatusNone) {
+      TVM_FFI_THROW(RuntimeError)
+          << "plan() and advance() cannot be captured in a CUDA graph: call "
+             "them before the capture and before every replay";
+    }
+    return stream;
   }
 
   /// Before the first upload from a buffer; the device is current.

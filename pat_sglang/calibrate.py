@@ -153,7 +153,7 @@ class _Timed:
     """A batch at one head layout on the GPU, its decode captured once for all plans."""
 
     def __init__(self, batch: Batch, planner: DecodePlanner, k: torch.Tensor, v: torch.Tensor):
-        rows, device = len(batch.lens), planner.device
+        rows, device = len(batch.lens), planner.layer.device
         lens = torch.from_numpy(batch.lens.astype(np.int64)).to(device)
         table = torch.from_numpy(slots_of(batch)).to(device)
         self.planner = planner
@@ -161,7 +161,7 @@ class _Timed:
             batch.forest, batch.leaf_of_row, batch.lens, lens, table,
             torch.arange(rows, device=device),
         )  # fmt: skip
-        q = torch.randn(rows, planner.num_q_heads, HEAD_DIM, dtype=k.dtype, device=device)
+        q = torch.randn(rows, planner.layer.num_q_heads, HEAD_DIM, dtype=k.dtype, device=device)
         out = torch.empty_like(q)
         plan = planner.plan(*self.arguments)
 

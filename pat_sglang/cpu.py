@@ -31,7 +31,7 @@ def _resolve(plan: DecodePlan) -> list[_Item]:
     cached = getattr(plan, "_cpu_items", None)
     if cached is not None and cached[0] == plan.version:
         return cached[1]
-    tables, group = plan.tables, plan.planner.group_size
+    tables, group = plan.tables, plan.layer.group_size
     lens = plan.live_lens.numpy()
     items = []
     for index in range(len(tables.items)):
@@ -55,11 +55,11 @@ def decode_cpu(
     out: torch.Tensor,
 ) -> None:
     """See ``pat_decode``."""
-    planner = plan.planner
-    shape = (planner.num_q_heads, planner.head_dim)
+    layer = plan.layer
+    shape = (layer.num_q_heads, layer.head_dim)
     if q.ndim != 3 or tuple(q.shape[1:]) != shape or out.shape != q.shape:
         raise ValueError(f"q and out must be [rows, {shape[0]}, {shape[1]}], got {tuple(q.shape)}")
-    kv_shape = (planner.num_kv_heads, planner.head_dim)
+    kv_shape = (layer.num_kv_heads, layer.head_dim)
     if tuple(k_cache.shape[1:]) != kv_shape or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"k_cache and v_cache must be [slots, {kv_shape[0]}, {kv_shape[1]}], got "
@@ -69,7 +69,7 @@ def decode_cpu(
     if q.shape[0] < rows:
         raise ValueError(f"q has {q.shape[0]} rows, the plan {rows}")
 
-    kv_heads, group, head_dim = planner.num_kv_heads, planner.group_size, planner.head_dim
+    kv_heads, group, head_dim = layer.num_kv_heads, layer.group_size, layer.head_dim
     queries = q.view(q.shape[0], kv_heads, group, head_dim).float()
     result = torch.zeros(q.shape[0], kv_heads, group, head_dim)
     partial_out = torch.zeros(parts, kv_heads, group, head_dim)

@@ -44,10 +44,10 @@ def pat_decode(
         ValueError, RuntimeError: a shape, dtype, stride or device does not fit; the message has the
             offending value.
     """
-    planner = plan.planner
-    if k_cache.shape[1:2] != (planner.num_kv_heads,):
+    layer = plan.layer
+    if k_cache.shape[1:2] != (layer.num_kv_heads,):
         raise ValueError(
-            f"k_cache {tuple(k_cache.shape)} does not have the {planner.num_kv_heads} KV heads of "
+            f"k_cache {tuple(k_cache.shape)} does not have the {layer.num_kv_heads} KV heads of "
             "the plan"
         )
     if q.shape[0] < plan.header[H_ROWS]:
@@ -56,10 +56,10 @@ def pat_decode(
         raise ValueError(f"sm_scale {sm_scale} must be positive")
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if planner.module is None:
+    if layer.module is None:
         decode_cpu(q, k_cache, v_cache, plan, sm_scale, out)
         return out
-    has_maps = planner.module.decode(
+    has_maps = layer.module.decode(
         q,
         k_cache,
         v_cache,

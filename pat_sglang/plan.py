@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .forest import Forest
 from .host import HostPlanner
 from .layout import Capacity, CapacityError, PlanTables, capacity_for
 from .packing import MAX_HORIZON, Shape
+from .transfer import CpuTransfer, Transfer
 
 logger = logging.getLogger("pat_sglang")
 
@@ -112,16 +113,28 @@ def _items_by_tile(tables: PlanTables) -> dict[str, int]:
     return {f"{tile.rows}x{tile.tokens}": n for tile, n in zip(TILES, counts, strict=True) if n}
 
 
-class Transfer(NamedTuple):
-    """What brings plans and slots to the device, on the current stream.
+@dataclass
+class Layer:
+    """The attention layer that plans are made for.
 
-    On CUDA ``bind_plan`` of csrc/binding.cc, which knows the buffers; on the CPU the planner.
-    ``tensors``: ``seq_lens``, ``req_to_token``, ``req_pool_indices``, see ``DecodePlanner.plan``.
+    Attributes:
+        num_q_heads, num_kv_heads, head_dim: its geometry on this GPU.
+        dtype: of q and the KV cache.
+        device: where they are.
+        module: the loaded kernels, None on the CPU.
     """
 
-    acquire: Callable[[int], None]  # (turn): waits until this buffer of the ring may be written
-    upload: Callable[..., None]  # (turn, *tensors): the plan in this buffer, and all its slots
-    append: Callable[..., None]  # (*tensors): the slots that are new since
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    module: Any = None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads a KV head."""
+        return self.num_q_heads // self.num_kv_heads
 
 
 class DecodePlan:
@@ -141,13 +154,14 @@ class DecodePlan:
         unshared_tokens: sum of the planned lengths.
     """
 
-    def __init__(self, planner: DecodePlanner, capacity: Capacity) -> None:
-        device = planner.device
+    def __init__(self, layer: Layer, capacity: Capacity) -> None:
+        device = layer.device
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.planner = planner
+        # NOTE: not its planner, so that both are gone, with their memory, when nobody needs them.
+        self.layer = layer
         self.words = torch.zeros(capacity.words, dtype=torch.int32, device=device)
         self.slots = torch.zeros(capacity.slots, dtype=torch.int32, device=device)
         self.live_lens = torch.zeros(capacity.rows, dtype=torch.int32, device=device)
@@ -156,8 +170,8 @@ class DecodePlan:
         self.counters = torch.zeros(8, dtype=torch.int32, device=device)
         on_device = device.type == "cuda"
         parts = max(capacity.parts, 1) if on_device else 0
-        self.partial_out = empty(parts, planner.num_q_heads, planner.head_dim, dtype=torch.float32)
-        self.partial_lse = empty(parts, planner.num_q_heads, dtype=torch.float32)
+        self.partial_out = empty(parts, layer.num_q_heads, layer.head_dim, dtype=torch.float32)
+        self.partial_lse = empty(parts, layer.num_q_heads, dtype=torch.float32)
         self.host_words = np.zeros(0, np.int32)
         self.header = [0] * layout.HEADER_WORDS
         self.unshared_tokens = 0
@@ -211,7 +225,7 @@ class DecodePlan:
         """
         tables = self.tables
         rows = int(tables.header[layout.H_ROWS])
-        group = self.planner.group_size
+        group = self.layer.group_size
         slots = self.slots.cpu().numpy()
         lens = seq_lens[:rows].cpu().numpy()
         read: list[list[Int32Array]] = [[] for _ in range(rows * group)]
@@ -232,13 +246,13 @@ class DecodePlan:
                 )
 
     def _make_stats(self) -> PlanStats:
-        tables, header, planner = self.tables, self.header, self.planner
+        tables, header, layer = self.tables, self.header, self.layer
         return PlanStats(
             rows=header[layout.H_ROWS],
             unique_tokens=_unique_tokens(tables, self.unshared_tokens),
             unshared_tokens=self.unshared_tokens,
             planned_tokens=header[layout.H_PLANNED_TOKENS],
-            token_bytes=2 * planner.num_kv_heads * planner.head_dim * planner.dtype.itemsize,
+            token_bytes=2 * layer.num_kv_heads * layer.head_dim * layer.dtype.itemsize,
             items=_items_by_tile(tables),
             shared_segments=header[layout.H_SHARED_PACKS],
             chains=header[layout.H_CHAINS],
@@ -271,7 +285,8 @@ def workspace_for(
     def sized(parts: int) -> tuple[Capacity, int]:
         sizes = capacity_for(max_rows, max_tokens, parts, num_q_heads // num_kv_heads, MAX_HORIZON)
         part_bytes = 4 * num_q_heads * (head_dim + 1)
-        return sizes, 4 * (sizes.words + sizes.slots + 2 * max_rows + 8) + parts * part_bytes
+        fixed = 4 * (sizes.words + sizes.slots + 2 * max_rows + 8)
+        return sizes, fixed + max(parts, 1) * part_bytes
 
     minimum = sized(0)[1]
     if minimum > cap_bytes:
@@ -279,9 +294,10 @@ def workspace_for(
             f"max_workspace_bytes {cap_bytes} is below the minimum {minimum} for "
             f"{max_rows} rows and {max_tokens} tokens"
         )
-    each = sized(1)[1] - minimum
+    # Words end at whole 16 bytes: four parts end where none do, others up to 12 bytes later.
+    each = (sized(5)[1] - sized(1)[1]) // 4
     wanted = 6 * max_rows + 4096  # a few levels for every row, and cuts of a few long ones
-    return sized(min(wanted, (cap_bytes - minimum) // each))
+    return sized(min(wanted, max(cap_bytes - minimum - 12, 0) // each))
 
 
 class DecodePlanner:
@@ -324,40 +340,37 @@ class DecodePlanner:
             raise ValueError(f"max_rows {max_rows} and max_tokens {max_tokens} must be positive")
         if sharing not in ("auto", "on", "off"):
             raise ValueError(f"sharing {sharing!r} is not one of 'auto', 'on', 'off'")
-        self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.module: Any = None
+        layer = Layer(num_q_heads, num_kv_heads, head_dim, dtype, torch.device(device))
         num_sms, gpu_name = 132, "cpu"
-        if self.device.type == "cuda":
-            if self.device.index is None:
-                self.device = torch.device("cuda", torch.cuda.current_device())
+        if layer.device.type == "cuda":
+            if layer.device.index is None:
+                layer.device = torch.device("cuda", torch.cuda.current_device())
             if dtype not in DTYPE_NAMES:
                 raise ValueError(f"dtype {dtype} is not supported on CUDA: use bfloat16 or float16")
-            properties = torch.cuda.get_device_properties(self.device)
+            properties = torch.cuda.get_device_properties(layer.device)
             num_sms, gpu_name = properties.multi_processor_count, properties.name
             arch = jit.arch_of_capability(properties.major, properties.minor)
-            self.module = jit.load(arch, DTYPE_NAMES[dtype], head_dim, path)
-        self.group_size = num_q_heads // num_kv_heads
+            layer.module = jit.load(arch, DTYPE_NAMES[dtype], head_dim, path)
+        self.layer = layer
 
         model = saved_cost.model_for(gpu_name, num_sms, head_dim, __version__)
         capacity, _ = workspace_for(
             num_q_heads, num_kv_heads, head_dim, max_rows, max_tokens, max_workspace_bytes
         )
-        shape = Shape(self.group_size, num_kv_heads, capacity.parts, capacity.items, sharing)
+        shape = Shape(layer.group_size, num_kv_heads, capacity.parts, capacity.items, sharing)
         self.host = HostPlanner(shape, model, capacity)
         self.max_rows = max_rows
-        self._plan = DecodePlan(self, capacity)
-        on_device = self.module is not None
+        self._plan = plan = DecodePlan(layer, capacity)
+        on_device = layer.module is not None
         ring = torch.zeros((RING, capacity.words), dtype=torch.int32, pin_memory=on_device)
         self._ring = list(ring.numpy())  # the same memory
         self._turn = 0
-        plan = self._plan
         if on_device:
             buffers = (plan.words, plan.slots, plan.filled, plan.live_lens, ring)
-            self.transfer = Transfer(*self.module.bind_plan(*buffers))
+            self.transfer = Transfer(*layer.module.bind_plan(*buffers))
         else:
-            self.transfer = Transfer(lambda turn: None, self._upload_on_cpu, self._append_on_cpu)
+            on_cpu = CpuTransfer(plan, self._ring)
+            self.transfer = Transfer(on_cpu.acquire, on_cpu.upload, on_cpu.append)
         self._warned = False
         self._planned_lens = np.zeros(0, np.int32)
         self._steps = 0
@@ -379,6 +392,8 @@ class DecodePlanner:
     ) -> DecodePlan:
         """Plans a batch, uploads the plan and gathers the slot snapshot, on the current stream.
 
+        Outside of CUDA graphs: of a step, only ``pat_decode`` is captured.
+
         Args:
             forest: the batch's prefix-tree nodes; None: nothing is shared.
             leaf_of_row: int32 ``[rows]``, deepest shared node of each row, -1: none. All tokens
@@ -395,6 +410,7 @@ class DecodePlanner:
             ValueError: more rows than ``max_rows``, or inconsistent input.
             CapacityError: more unique tokens than ``max_tokens`` and headroom hold, also after
                 looking for shared slots in ``req_to_token`` itself.
+            RuntimeError: the current stream is being captured.
         """
         started = time.perf_counter()
         # A copy: callers count their lengths up in place.
@@ -452,6 +468,10 @@ class DecodePlanner:
         Returns:
             False when the horizon is passed: plan anew. Should a row outgrow the horizon unseen by
             the host, its output is NaN, never a plausible wrong value.
+
+        Raises:
+            ValueError: another planner's plan, or a tensor does not fit; nothing has changed then.
+            RuntimeError: the current stream is being captured.
         """
         if plan is not self._plan or self._tensors is None:
             raise ValueError("advance() takes the plan that plan() of this planner returned")
@@ -461,14 +481,15 @@ class DecodePlanner:
                 f"advance() got {lens.size} rows, the plan has {self._planned_lens.size}"
             )
         kept = self._tensors
-        self._tensors = (
+        tensors = (
             kept[0] if seq_lens is None else seq_lens,
             kept[1] if req_to_token is None else req_to_token,
             kept[2] if req_pool_indices is None else req_pool_indices,
         )
         # Launched before the horizon is looked at: a fill too many does no harm, the next plan
         # fills everything again.
-        self.transfer.append(*self._tensors)
+        self.transfer.append(*tensors)
+        self._tensors = tensors
         plan.version += 1
         self._steps += 1
         grown = self._steps
@@ -477,39 +498,3 @@ class DecodePlanner:
             # grown beyond any horizon.
             grown = int((lens - self._planned_lens).view(np.uint32).max(initial=0))
         return grown <= plan.header[layout.H_HORIZON] - LAG
-
-    def _upload_on_cpu(
-        self,
-        turn: int,
-        seq_lens: torch.Tensor,
-        req_to_token: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-    ) -> None:
-        plan, words = self._plan, self._ring[turn]
-        count = int(words[layout.H_WORDS])
-        plan.words[:count] = torch.from_numpy(words[:count])
-        tables = PlanTables.parse(words)
-        for (slot, length, _, begin), rep in zip(
-            tables.runs.tolist(), tables.reps.tolist(), strict=True
-        ):
-            line = req_to_token[req_pool_indices[rep]]
-            plan.slots[slot : slot + length] = line[begin : begin + length]
-        plan.filled[: len(tables.tails)] = torch.from_numpy(tables.tails[:, 1].copy())
-        self._append_on_cpu(seq_lens, req_to_token, req_pool_indices)
-
-    def _append_on_cpu(
-        self, seq_lens: torch.Tensor, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
-    ) -> None:
-        """As the fill kernel in csrc/device/fill.cu."""
-        plan = self._plan
-        tails = PlanTables.parse(plan.words.numpy()).tails
-        rows = len(tails)
-        overflows = seq_lens[:rows] > torch.from_numpy(tails[:, 1] + tails[:, 2])
-        plan.live_lens[:rows] = torch.where(overflows, -1, seq_lens[:rows])
-        for row, (slot, begin, cap, _) in enumerate(tails.tolist()):
-            have = int(plan.filled[row])
-            end = min(int(seq_lens[row]), begin + cap)
-            if have < end:
-                line = req_to_token[req_pool_indices[row]]
-                plan.slots[slot + have - begin : slot + end - begin] = line[have:end]
-                plan.filled[row] = end

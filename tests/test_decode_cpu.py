@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -277,6 +279,50 @@ def test_the_workspace_is_known_before_it_is_allocated():
     assert planner.workspace_bytes == size - partials
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (32, 32), (32, 8), (64, 8), (28, 4), (8, 1)])
+def test_the_workspace_never_passes_its_cap(heads):
+    for rows in (1, 7, 64, 2048):
+        for tokens in (100, 5003, 1 << 20):
+            fixed = workspace_for(*heads, 128, rows, tokens, 1 << 40)[0]
+            for cap in (8 << 20, (8 << 20) + 4, 30_000_001, 256 << 20):
+                try:
+                    capacity, size = workspace_for(*heads, 128, rows, tokens, cap)
+                except ValueError:  # below the minimum
+                    continue
+                assert size <= cap
+                assert 0 <= capacity.parts <= fixed.parts
+                part = 4 * heads[0] * 129
+                room = cap - size
+                assert capacity.parts == fixed.parts or room < 2 * part, "a part more would fit"
+
+
+def test_a_plan_is_gone_with_its_planner():
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]))
+    planner = planner_for((4, 4, 16))
+    plan = weakref.ref(check(planner, case))
+    gc.disable()  # a GPU's memory must not wait for the collector
+    try:
+        del planner
+        assert plan() is None
+    finally:
+        gc.enable()
+
+
+def test_an_advance_that_is_refused_changes_nothing():
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]))
+    planner = planner_for((4, 4, 16))
+    plan = check(planner, case)
+    with pytest.raises(ValueError, match=r"2 rows, but req_pool_indices .* seq_lens 1"):
+        planner.advance(plan, seq_lens=case.seq_lens[:1])
+    with pytest.raises(ValueError, match="the plan has 2 rows, but req_pool_indices has 1"):
+        planner.plan(
+            None, None, np.array([3, 3]), case.seq_lens, case.req_to_token,
+            case.req_pool_indices[:1],
+        )  # fmt: skip
+    assert planner.advance(plan)
+    plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+
+
 def test_a_small_workspace_gives_a_coarser_plan():
     geometry = (4, 4, 16)
     forest = Forest(np.array([-1, 0, 0]), np.array([400, 300, 300]))
@@ -380,7 +426,7 @@ def test_kernels_without_tensor_maps_are_counted_and_logged_once(caplog):
     planner = planner_for((4, 4, 16))
     plan = check(planner, case)
     answers = iter([True, False, False])
-    planner.module = SimpleNamespace(decode=lambda *args: next(answers))
+    planner.layer.module = SimpleNamespace(decode=lambda *args: next(answers))
     METRICS.reset()
     for refused in (0, 1, 2):
         pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale)

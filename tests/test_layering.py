@@ -26,7 +26,7 @@ LAYERS = (
     {"forest", "jit", "saved_cost"},
     {"packing"},
     {"layout"},
-    {"host"},
+    {"host", "transfer"},
     {"plan"},
     {"cpu"},
     {"decode"},

@@ -113,9 +113,12 @@ __global__ void __launch_bounds__(kFillThreads)
 cudaError_t launch_upload(const void* from, int32_t* to, int32_t words, cudaStream_t stream) {
   const int32_t chunks = (words + 3) / 4;
   const int32_t blocks = (chunks + kUploadThreads - 1) / kUploadThreads;
-  upload_kernel<<<std::min(blocks, kUploadBlocks), kUploadThreads, 0, stream>>>(
-      static_cast<const int4*>(from), reinterpret_cast<int4*>(to), chunks);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = std::min(blocks, kUploadBlocks);
+  config.blockDim = kUploadThreads;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, upload_kernel, static_cast<const int4*>(from),
+                            reinterpret_cast<int4*>(to), chunks);
 }
 
 cudaError_t launch_fill(const FillParams& params, bool after_upload, cudaStream_t stream) {

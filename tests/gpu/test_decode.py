@@ -14,7 +14,8 @@ from compare import assert_close, oracle
 from pat_sglang import DecodePlanner, Forest, pat_decode
 from pat_sglang.host import HostPlanner
 from pat_sglang.packing import Search
-from pat_sglang.plan import RING, Transfer
+from pat_sglang.plan import RING
+from pat_sglang.transfer import Transfer
 
 HEADS = [(4, 4), (6, 2), (10, 2), (7, 1), (16, 1), (32, 8), (9, 3), (40, 2)]
 CHAIN_HEADS = [(4, 4), (6, 2), (16, 4), (16, 2), (16, 1), (24, 1)]  # groups 1, 3, 4, 8, 16, 24
@@ -144,7 +145,7 @@ def test_a_ring_that_the_device_cannot_read(make_planner):
     plan = planner._plan
     ring = torch.zeros(RING, plan.words.numel(), dtype=torch.int32)
     buffers = (plan.words, plan.slots, plan.filled, plan.live_lens, ring)
-    planner.transfer = Transfer(*planner.module.bind_plan(*buffers))
+    planner.transfer = Transfer(*planner.layer.module.bind_plan(*buffers))
     planner._ring = list(ring.numpy())
     for seed in range(2 * RING):
         check_batch(planner, (32, 8), 128, random_forest(rng, 30, max_len=90), torch.bfloat16, seed)
@@ -182,6 +183,74 @@ def test_a_step_that_is_refused_leaves_the_plan_alone(make_planner):
             planner.plan(None, None, np.array([50, 50, 50]), *tensors)
     case.grow(np.ones(3, np.int64))
     assert planner.advance(plan)
+    assert_close(run(case, plan), case)
+
+
+def test_a_step_cannot_be_captured(make_planner):
+    # Its launches have counts and offsets of this plan in their arguments.
+    case = cuda_case((32, 8), 128, Forest.empty(), np.full(3, -1), np.array([5, 9, 70]), spare=60)
+    planner = make_planner(32, 8, 128)
+    plan = plan_case(planner, case)
+    lens = case.seq_lens.cpu().numpy()
+    tensors = (case.seq_lens, case.req_to_token, case.req_pool_indices)
+    for _ in range(RING):  # every buffer has been uploaded once
+        planner.plan(None, None, lens, *tensors)
+    for step in (
+        lambda: planner.advance(plan), lambda: planner.plan(None, None, lens, *tensors),
+    ):  # fmt: skip
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            with pytest.raises(RuntimeError, match="cannot be captured"):
+                step()
+            torch.empty(1, device="cuda").zero_()  # a graph of nothing would be warned of
+    for seed in range(2 * RING):  # and every buffer of the ring is still good
+        check_batch(
+            planner, (32, 8), 128, random_forest(np.random.default_rng(seed), 9, max_len=40),
+            torch.bfloat16, seed,
+        )  # fmt: skip
+
+
+def test_lengths_that_are_written_just_before_the_plan(make_planner):
+    # The fill kernel starts before the upload has ended, and reads them first.
+    rng = np.random.default_rng(11)
+    case = cuda_case((32, 8), 128, *random_forest(rng, 50, max_len=90))
+    lens = case.seq_lens.cpu().numpy()
+    planner = make_planner(32, 8, 128)
+    late = [torch.zeros_like(t) for t in (case.seq_lens, case.req_pool_indices)]
+    for _ in range(4):
+        for tensor in late:
+            tensor.zero_()
+        torch.cuda._sleep(2_000_000)
+        late[0].copy_(case.seq_lens)
+        late[1].copy_(case.req_pool_indices)
+        plan = planner.plan(
+            case.forest, case.leaf_of_row, lens, late[0], case.req_to_token, late[1]
+        )
+        assert_close(run(case, plan), case)
+
+
+def test_a_planner_that_is_dropped_while_its_upload_waits(make_planner):
+    rng = np.random.default_rng(12)
+    case = cuda_case((32, 8), 128, *random_forest(rng, 60, max_len=90))
+    lens = case.seq_lens.cpu().numpy()
+    planner = make_planner(32, 8, 128)
+    torch.cuda._sleep(20_000_000)
+    plan = planner.plan(
+        case.forest, case.leaf_of_row, lens, case.seq_lens, case.req_to_token,
+        case.req_pool_indices,
+    )  # fmt: skip
+    del planner  # and with it the ring
+    torch.empty(1 << 22, dtype=torch.int32, pin_memory=True).fill_(-1)  # may take its place
+    assert_close(run(case, plan), case)
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (64, 8), (8, 1)])
+def test_a_row_of_very_many_parts(make_planner, heads):
+    # Eight warps merge a row, in several batches each.
+    lens = np.array([100_000])
+    case = cuda_case(heads, 128, Forest.empty(), np.full(1, -1), lens)
+    plan = plan_case(make_planner(*heads, 128), case)
+    assert heads != (8, 1) or plan.stats.partial_slots > 128
     assert_close(run(case, plan), case)
 
 
