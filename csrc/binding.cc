@@ -313,8 +313,6 @@ class PlanBuffers {
   void acquire(int64_t turn) {
     const Buffer& buffer = at(turn);
     if (buffer.read == nullptr) return;
-    const DeviceGuard guard(device_.device_id);
-    stream_of_step();  // waiting would break a capture
     check_cuda(cudaEventSynchronize(buffer.read), "waiting for an upload");
   }
 
