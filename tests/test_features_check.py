@@ -21,6 +21,8 @@ PROMPTS = [[1, 2, 3], [1, 2, 4, 5], [1, 6], [7, 8]]
 class Reference:
     """A server whose prefill finds -0.5 for every token below 1000, which it would generate."""
 
+    name = "reference"
+
     def __init__(self, decoded: list[Answer]) -> None:
         self.decoded, self.forwards_seen, self.orders = decoded, 0, []
 
