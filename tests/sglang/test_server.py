@@ -148,9 +148,11 @@ if __name__ == "__main__":
 def test_other_ways_in(model: Path, tmp_path: Path, options: dict, environment: dict) -> None:
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
+    # Forced: packing would not pay in so small a batch.
+    ours = {"PAT_SGLANG_STRICT": "1", "PAT_SGLANG_VALIDATE": "1", "PAT_SGLANG_FORCE": "on"}
     done = subprocess.run(
         [sys.executable, str(script), str(model), json.dumps(options)],
-        env={**os.environ, "PAT_SGLANG_STRICT": "1", "PAT_SGLANG_VALIDATE": "1", **environment},
+        env={**os.environ, **ours, **environment},
         capture_output=True,
         text=True,
         timeout=START_S,
