@@ -166,7 +166,7 @@ def test_other_ways_in(model: Path, tmp_path: Path, options: dict, environment: 
 
 
 @pytest.mark.slow
-def test_tools_that_load_no_plugins(model: Path) -> None:
+def test_tools_that_load_no_plugins(model: Path, tmp_path: Path) -> None:
     """bench_one_batch has no radix tree: PAT runs without sharing."""
     done = subprocess.run(
         [
@@ -176,6 +176,7 @@ def test_tools_that_load_no_plugins(model: Path) -> None:
             "--output-len", "4", "--max-total-tokens", "2048",
         ],
         env={**os.environ, "PAT_SGLANG_VALIDATE": "1"},
+        cwd=tmp_path,  # where it leaves its results
         capture_output=True,
         text=True,
         timeout=START_S,
