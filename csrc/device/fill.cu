@@ -19,28 +19,32 @@ namespace pat {
 namespace {
 
 constexpr int kUploadThreads = 256;
-constexpr int kUploadBlocks = 32;   // at most; their loads in flight are 512 KB
-constexpr int kUploadInFlight = 4;  // loads of 16 bytes a thread
+constexpr int kUploadBlocks = 32;  // at most; their loads in flight are 512 KB
 constexpr int kFillThreads = 128;
-constexpr int kFillInFlight = 4;  // loads of a slot a thread
-constexpr int kFreshBlocks = 8;   // blocks that share one run or tail
+constexpr int kFreshBlocks = 8;  // blocks that share one run or tail
+constexpr int kInFlight = 4;     // loads of a thread
 
-__global__ void __launch_bounds__(kUploadThreads)
-    upload_kernel(const int4* __restrict__ from, int4* __restrict__ to, int32_t chunks) {
-  ptx::launch_dependents();  // the fill kernel waits for our end, but may be on its way
-  const int32_t stride = gridDim.x * kUploadThreads;
-  for (int32_t first = blockIdx.x * kUploadThreads + threadIdx.x; first < chunks;
-       first += kUploadInFlight * stride) {
-    int4 words[kUploadInFlight];
+/// Elements first, first + stride, ... below `count`.
+template <typename T>
+__device__ __forceinline__ void copy(const T* from, T* to, int32_t count, int32_t first,
+                                     int32_t stride) {
+  for (; first < count; first += kInFlight * stride) {
+    T values[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kUploadInFlight; ++i) {
-      if (first + i * stride < chunks) words[i] = from[first + i * stride];
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + i * stride < count) values[i] = from[first + i * stride];
     }
 #pragma unroll
-    for (int i = 0; i < kUploadInFlight; ++i) {
-      if (first + i * stride < chunks) to[first + i * stride] = words[i];
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + i * stride < count) to[first + i * stride] = values[i];
     }
   }
+}
+
+__global__ void __launch_bounds__(kUploadThreads)
+    upload_kernel(const int4* from, int4* to, int32_t chunks) {
+  ptx::launch_dependents();  // the fill kernel waits for our end, but may be on its way
+  copy(from, to, chunks, blockIdx.x * kUploadThreads + threadIdx.x, gridDim.x * kUploadThreads);
 }
 
 /// An element below 2^31 of an int32 or int64 array: of the latter, the low half.
@@ -55,20 +59,8 @@ __device__ const int32_t* line_of(const FillParams& params, int32_t row) {
 }
 
 /// Copies `count` slots, by all blocks of a column of the grid.
-__device__ void copy(const int32_t* from, int32_t count, int32_t* to) {
-  const int32_t stride = gridDim.y * kFillThreads;
-  for (int32_t first = blockIdx.y * kFillThreads + threadIdx.x; first < count;
-       first += kFillInFlight * stride) {
-    int32_t slots[kFillInFlight];
-#pragma unroll
-    for (int i = 0; i < kFillInFlight; ++i) {
-      if (first + i * stride < count) slots[i] = from[first + i * stride];
-    }
-#pragma unroll
-    for (int i = 0; i < kFillInFlight; ++i) {
-      if (first + i * stride < count) to[first + i * stride] = slots[i];
-    }
-  }
+__device__ void copy_slots(const int32_t* from, int32_t count, int32_t* to) {
+  copy(from, to, count, blockIdx.y * kFillThreads + threadIdx.x, gridDim.y * kFillThreads);
 }
 
 __device__ void fill_run(const FillParams& params, int32_t index) {
@@ -76,7 +68,7 @@ __device__ void fill_run(const FillParams& params, int32_t index) {
   static_assert(kRunWords == 4 && kRunSlot == 0 && kRunLength == 1 && kRunPosition == 3);
   const int4 run = ptx::load_l2(reinterpret_cast<const int4*>(params.runs) + index);
   const int32_t row = ptx::load_l2(params.reps + index);
-  copy(line_of(params, row) + run.w, run.y, params.slots + run.x);
+  copy_slots(line_of(params, row) + run.w, run.y, params.slots + run.x);
 }
 
 __device__ void fill_tail(const FillParams& params, int32_t row) {
@@ -90,7 +82,7 @@ __device__ void fill_tail(const FillParams& params, int32_t row) {
   const bool overflows = length - position > capacity;
   const int32_t end = overflows ? position + capacity : length;
   const int32_t begin = params.fresh ? position : params.filled[row];
-  copy(line + begin, end - begin, params.slots + tail.x + begin - position);
+  copy_slots(line + begin, end - begin, params.slots + tail.x + begin - position);
   __syncthreads();  // everyone has read `filled`
   if (blockIdx.y == 0 && threadIdx.x == 0) {
     params.filled[row] = max(begin, end);
