@@ -316,8 +316,9 @@ class PlanBuffers {
     check_cuda(cudaEventSynchronize(buffer.read), "waiting for an upload");
   }
 
-  /// Uploads the plan that lies in a buffer of the ring and gathers its slots.
-  void upload(int64_t turn, TensorView seq_lens, TensorView req_to_token,
+  /// Uploads the plan that lies in a buffer of the ring and gathers its slots. false: the device cannot
+  /// read the buffer, the copy engine had to.
+  bool upload(int64_t turn, TensorView seq_lens, TensorView req_to_token,
               TensorView req_pool_indices) {
     Buffer& buffer = at(turn);
     const int32_t* words = static_cast<const int32_t*>(ring_.data_ptr()) + turn * ring_.size(1);
@@ -350,6 +351,7 @@ class PlanBuffers {
     check_cuda(filled, "launching the fill kernel");
     tails_ = params.tails;
     rows_ = rows;
+    return by_kernel;
   }
 
   /// Appends slots up to the true lengths, in a later step of the plan that was uploaded last.
@@ -449,7 +451,7 @@ Array<Function> bind_plan(Tensor words, Tensor slots, Tensor filled, Tensor live
       Function::FromTyped([buffers](int64_t turn) { buffers->acquire(turn); }),
       Function::FromTyped([buffers](int64_t turn, TensorView seq_lens, TensorView req_to_token,
                                     TensorView req_pool_indices) {
-        buffers->upload(turn, seq_lens, req_to_token, req_pool_indices);
+        return buffers->upload(turn, seq_lens, req_to_token, req_pool_indices);
       }),
       Function::FromTyped(
           [buffers](TensorView seq_lens, TensorView req_to_token, TensorView req_pool_indices) {

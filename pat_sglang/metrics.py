@@ -16,6 +16,7 @@ COUNTERS = {
     "plans_kept": "decode steps that kept the plan (one launch, no upload)",
     "slots_compared": "plans that had to find sharing by comparing slots, since nobody told of it",
     "dummy_plans": "warm-up, capture and idle steps, planned without sharing",
+    "uploads_copied": "new plans uploaded by the copy engine: pinned memory is not mapped, slower",
     "maps_refused": "attention calls without tensor maps: every slot was copied by itself",
     "shared_segments": "shared segments packed, summed over decode steps",
     "planned_kv_tokens": "KV tokens the plans read, summed over decode steps",

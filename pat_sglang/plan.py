@@ -18,6 +18,7 @@ from .cost import FRAGMENT_ROWS, TILES
 from .forest import Forest
 from .host import HostPlanner
 from .layout import Capacity, CapacityError, PlanTables, capacity_for
+from .metrics import METRICS
 from .packing import MAX_HORIZON, Shape
 from .transfer import CpuTransfer, Transfer
 
@@ -300,6 +301,15 @@ def workspace_for(
     return sized(min(wanted, max(cap_bytes - minimum - 12, 0) // each))
 
 
+def _count_copied() -> None:
+    if METRICS.get("uploads_copied") == 0:
+        logger.warning(
+            "pat_sglang: the GPU cannot read pinned host memory: plans are uploaded by the copy "
+            "engine, some microseconds a new plan slower"
+        )
+    METRICS.count("uploads_copied")
+
+
 class DecodePlanner:
     """Makes decode plans for one attention geometry; owns every buffer they need.
 
@@ -439,7 +449,8 @@ class DecodePlanner:
             table = req_to_token[indices, : int(lens.max(initial=0))].cpu().numpy()
             forest, leaves = Forest.from_slots(table, lens)
             count = self.host.plan(forest, leaves, lens, words)
-        self.transfer.upload(turn, seq_lens, req_to_token, req_pool_indices)
+        if not self.transfer.upload(turn, seq_lens, req_to_token, req_pool_indices):
+            _count_copied()
         plan = self._plan
         plan.renew(words[:count], int(lens.sum()), slots_compared)
         self._turn = turn  # a batch that was refused leaves the current plan's words alone

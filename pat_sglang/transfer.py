@@ -24,7 +24,8 @@ class Transfer(NamedTuple):
     """
 
     acquire: Callable[[int], None]  # (turn): waits until this buffer of the ring may be written
-    upload: Callable[..., None]  # (turn, *tensors): the plan in this buffer, and all its slots
+    # (turn, *tensors): the plan in this buffer, and its slots. False: by the copy engine, slower
+    upload: Callable[..., bool]
     append: Callable[..., None]  # (*tensors): the slots that are new since
 
 
@@ -48,7 +49,7 @@ class CpuTransfer:
         seq_lens: torch.Tensor,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
-    ) -> None:
+    ) -> bool:
         """See ``Transfer``; raises ValueError and changes nothing if a tensor is too short."""
         plan, words = self.plan, self.ring[turn]
         tables = PlanTables.parse(words)
@@ -62,6 +63,7 @@ class CpuTransfer:
             plan.slots[slot : slot + length] = line[begin : begin + length]
         plan.filled[: len(tables.tails)] = torch.from_numpy(tables.tails[:, 1].copy())
         self.append(seq_lens, req_to_token, req_pool_indices)
+        return True
 
     def append(
         self, seq_lens: torch.Tensor, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor

@@ -105,10 +105,9 @@ class Launches:
         self.ns = 0
         self.acquire = (lambda turn: None) if transfer is None else transfer.acquire
 
-    def upload(self, *args: Any) -> None:
+    def upload(self, *args: Any) -> bool:
         self.ns = time.perf_counter_ns()
-        if self.transfer is not None:
-            self.transfer.upload(*args)
+        return self.transfer is None or self.transfer.upload(*args)
 
     def append(self, *args: Any) -> None:
         self.ns = time.perf_counter_ns()

@@ -421,6 +421,18 @@ def test_too_many_rows_and_too_many_tokens():
         planner.plan(None, None, huge, torch.from_numpy(huge), table, torch.arange(1))
 
 
+def test_uploads_by_the_copy_engine_are_counted_and_logged_once(caplog):
+    case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]))
+    planner = planner_for((4, 4, 16))
+    upload = planner.transfer.upload
+    planner.transfer = planner.transfer._replace(upload=lambda *args: upload(*args) and False)
+    METRICS.reset()
+    for copied in (1, 2):
+        check(planner, case)
+        assert METRICS.get("uploads_copied") == copied
+    assert ["copy engine" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_kernels_without_tensor_maps_are_counted_and_logged_once(caplog):
     case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]))
     planner = planner_for((4, 4, 16))

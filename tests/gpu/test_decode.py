@@ -13,6 +13,7 @@ from compare import assert_close, oracle
 
 from pat_sglang import DecodePlanner, Forest, pat_decode
 from pat_sglang.host import HostPlanner
+from pat_sglang.metrics import METRICS
 from pat_sglang.packing import Search
 from pat_sglang.plan import RING
 from pat_sglang.transfer import Transfer
@@ -126,6 +127,7 @@ def test_graph_replay_with_changing_plans(make_planner):
 def test_uploads_are_exact(make_planner):
     rng = np.random.default_rng(7)
     planner = make_planner(32, 8, 128)
+    copied = METRICS.get("uploads_copied")
     odd_words = set()  # beyond whole 16 bytes
     for rows in (1, 200, 2, 40, 3, 300):
         case = cuda_case((32, 8), 128, *random_forest(rng, rows, max_len=60))
@@ -136,6 +138,7 @@ def test_uploads_are_exact(make_planner):
         assert torch.equal(plan.live_lens[:rows].long(), case.seq_lens.long())
         assert_close(run(case, plan), case)
     assert odd_words == {0, 1, 2, 3}
+    assert METRICS.get("uploads_copied") == copied  # the device has read the pinned buffers
 
 
 def test_a_ring_that_the_device_cannot_read(make_planner):
