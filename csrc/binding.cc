@@ -340,7 +340,7 @@ class PlanBuffers {
     const cudaStream_t stream = stream_of_step();
     prepare(buffer, words);
     const bool by_kernel = buffer.on_device != nullptr;
-    rows_ = 0;  // should one of the launches fail, there is no plan to append to
+    rows_ = kBroken;  // until the launches have succeeded: the words may be neither plan's
     check_cuda(by_kernel ? pat::launch_upload(buffer.on_device, plan, count, stream)
                          : cudaMemcpyAsync(plan, words, sizeof(int32_t) * count,
                                            cudaMemcpyHostToDevice, stream),
@@ -356,6 +356,7 @@ class PlanBuffers {
 
   /// Appends slots up to the true lengths, in a later step of the plan that was uploaded last.
   void append(TensorView seq_lens, TensorView req_to_token, TensorView req_pool_indices) {
+    if (rows_ == kBroken) TVM_FFI_THROW(RuntimeError) << "the last upload failed: plan anew";
     pat::FillParams params = step_params(rows_, seq_lens, req_to_token, req_pool_indices);
     params.tails = tails_;
     if (rows_ == 0) return;
@@ -439,7 +440,8 @@ class PlanBuffers {
   const DLDevice device_;
   std::vector<Buffer> buffers_;
   const int32_t* tails_ = nullptr;  // of the current plan
-  int32_t rows_ = 0;
+  static constexpr int32_t kBroken = -1;
+  int32_t rows_ = 0;  // of the current plan; kBroken: there is none, an upload has failed
 };
 
 /// See pat_sglang/plan.py, Transfer. Returns acquire, upload and append of the bound buffers.
