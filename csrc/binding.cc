@@ -309,9 +309,12 @@ class PlanBuffers {
   PlanBuffers(const PlanBuffers&) = delete;
   PlanBuffers& operator=(const PlanBuffers&) = delete;
 
-  /// Waits until the device has read what was last uploaded from a buffer of the ring.
+  /// Waits until the device has read what was last uploaded from a buffer of the ring. Refused in a
+  /// capture, as upload and append.
   void acquire(int64_t turn) {
     const Buffer& buffer = at(turn);
+    const DeviceGuard guard(device_.device_id);
+    stream_of_step();  // first: to wait for an event would spoil a capture
     if (buffer.read == nullptr) return;
     check_cuda(cudaEventSynchronize(buffer.read), "waiting for an upload");
   }
