@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import signal
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_common as common
+import numpy as np
 import shapes
 from gpu_common import Row
 from server import Server, add_plugin_option, environment_with
@@ -61,18 +63,34 @@ class Record(dict[str, Any]):
 
 
 def load_serving() -> Any:
-    """``sglang.bench_serving`` as a module, able to read Mooncake's trace."""
+    """``sglang.bench_serving`` as a module that reads Mooncake's trace and makes requests once.
+
+    Making them anew for every run would take as long as some runs do, with the GPU idle.
+    """
     from sglang.benchmark import serving
     from sglang.benchmark.datasets.mooncake import MooncakeDataset
 
-    load = MooncakeDataset.load
-    if not hasattr(load, "__wrapped__"):
+    load, get_dataset = MooncakeDataset.load, serving.get_dataset
+    if hasattr(get_dataset, "__wrapped__"):
+        return serving
 
-        @functools.wraps(load)
-        def load_records(*args: Any, **options: Any) -> list[Record]:
-            return [Record(record) for record in load(*args, **options)]
+    @functools.wraps(load)
+    def load_records(*args: Any, **options: Any) -> list[Record]:
+        return [Record(record) for record in load(*args, **options)]
 
-        MooncakeDataset.load = load_records
+    made: dict[str, Any] = {}
+
+    @functools.wraps(get_dataset)
+    def get_requests(args: argparse.Namespace, *more: Any, **options: Any) -> Any:
+        key = str({name: value for name, value in vars(args).items() if name != "base_url"})
+        if key not in made:
+            made[key] = get_dataset(args, *more, **options)
+        np.random.seed(args.seed)  # arrivals are drawn next, and are the same in every run
+        return copy.deepcopy(made[key])
+
+    MooncakeDataset.load = load_records
+    serving.get_dataset = get_requests
+    serving.get_tokenizer = functools.cache(serving.get_tokenizer)
     return serving
 
 
@@ -162,6 +180,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     if not chosen:
         sys.exit(f"no point of {options.points}: {[p.name for p in (smoke, *others)]}")
     servers = [Contender(name, model, options, folder) for name in options.backends]
+    load_serving()  # imports for many seconds, while the servers start
     try:
         for server in servers:
             print(f"{server.name}: ready after {server.wait(START_PATIENCE_S):.0f} s", flush=True)

@@ -77,6 +77,8 @@ def points(trace: Path) -> list[Point]:
         # RL rollouts: samples of one prompt.
         _shared_prefix("grpo-8x16", groups=8, samples=16, system=1024, question=8, output=512),
         _shared_prefix("grpo-8x64", groups=8, samples=64, system=1024, question=8, output=128),
+        # Hardly more than the time to the first token, which arrivals make vary: for many rounds.
+        _shared_prefix("burst-8x16", groups=8, samples=16, system=1024, question=8, output=8),
         # One system prompt at three loads.
         *(
             _shared_prefix(f"system-{name}", 1, 2 * running, tokens, concurrency=running)

@@ -48,6 +48,28 @@ def test_the_trace_is_read(tmp_path: Path) -> None:
     assert {(type(r).__mro__[1], r.prompt, r.prompt_len) for r in records} == {(dict, "", 0)}
 
 
+def test_requests_are_made_once_and_arrive_alike(tmp_path: Path) -> None:
+    import numpy as np
+    from bench_serving import load_serving
+
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "hash_ids": [0, 7]}\n' * 3)
+    args = SimpleNamespace(
+        dataset_name="mooncake", dataset_path=str(trace), mooncake_workload="conversation",
+        num_prompts=2, seed=3, base_url="",
+    )  # fmt: skip
+    arrivals = []
+    for args.base_url in ("http://a", "http://b"):
+        requests = load_serving().get_dataset(args, None)
+        arrivals.append(np.random.rand())
+        assert requests == [{"timestamp": 0, "hash_ids": [0, 7]}] * 2
+        requests[0]["hash_ids"].append(9)  # whatever a run does to them
+        trace.write_text('{"timestamp": 0, "hash_ids": [5]}')
+    assert arrivals[0] == arrivals[1]
+    args.num_prompts = 1  # other requests than these
+    assert [r["hash_ids"] for r in load_serving().get_dataset(args, None)] == [[5]]
+
+
 def test_every_token_of_a_shape_prints(model: Path, tmp_path: Path) -> None:
     import shapes
     from transformers import AutoTokenizer
