@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,26 @@ class Contender(Server):
         return row
 
 
+def in_order(chosen: Sequence[Point], rounds: Iterable[int]) -> Iterator[tuple[int, Point]]:
+    """Every run of every point, numbered by itself; a round is once through all points."""
+    for number in rounds:
+        for point in chosen:
+            for again in range(point.runs):
+                yield number * point.runs + again, point
+
+
+def keep(row: Row, point: Point) -> None:
+    """Stores a row and prints what matters of it."""
+    common.write_rows(f"bench_serving-{common.gpu_slug()}.jsonl", [row], KEY)
+    print(
+        f"{row['round']} {point.name:24} {row['backend']:16} ITL median "
+        f"{row['median_itl_ms']:6.2f}  TPOT mean {row['mean_tpot_ms']:6.2f} "
+        f"p99 {row['p99_tpot_ms']:6.2f}  TTFT {row['mean_ttft_ms']:6.0f} ms  "
+        f"{row['output_tok_s']:6.0f} tok/s  {row['duration']:5.1f} s",
+        flush=True,
+    )
+
+
 def run(options: argparse.Namespace, folder: Path) -> None:
     """All rounds over all points; rows are written as they come."""
     model = Path(options.model)
@@ -180,8 +201,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     if not chosen:
         sys.exit(f"no point of {options.points}: {[p.name for p in (smoke, *others)]}")
     servers = [Contender(name, model, options, folder) for name in options.backends]
-    load_serving()  # imports for many seconds, while the servers start
     try:
+        load_serving()  # imports for many seconds, while the servers start
         for server in servers:
             print(f"{server.name}: ready after {server.wait(START_PATIENCE_S):.0f} s", flush=True)
             info = server.call("/get_server_info")
@@ -196,31 +217,24 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             "max_total_tokens": options.max_total_tokens,
             **common.provenance(),
         }
-        for number in range(options.first_round, options.first_round + options.rounds):
-            for point in chosen:
-                if time.monotonic() > deadline:  # between points: every round has all backends
-                    print("the time is up", flush=True)
-                    return
-                turn = number % len(servers)
-                for server in servers[turn:] + servers[:turn]:
-                    row = {
-                        "workload": point.workload,
-                        "shared": point.shared,
-                        "request_rate": point.request_rate,
-                        "concurrency": point.concurrency,
-                        "backend": server.name,
-                        "round": number,
-                        **server.measure(point, tokenizer),
-                        **constant,
-                    }
-                    common.write_rows(f"bench_serving-{common.gpu_slug()}.jsonl", [row], KEY)
-                    print(
-                        f"{number} {point.name:24} {server.name:16} ITL median "
-                        f"{row['median_itl_ms']:6.2f}  TPOT mean {row['mean_tpot_ms']:6.2f} "
-                        f"p99 {row['p99_tpot_ms']:6.2f}  TTFT {row['mean_ttft_ms']:6.0f} ms  "
-                        f"{row['output_tok_s']:6.0f} tok/s  {row['duration']:5.1f} s",
-                        flush=True,
-                    )
+        numbers = range(options.first_round, options.first_round + options.rounds)
+        for number, point in in_order(chosen, numbers):
+            if time.monotonic() > deadline:  # not between backends: every run is one of all
+                print("the time is up", flush=True)
+                return
+            turn = number % len(servers)
+            for server in servers[turn:] + servers[:turn]:
+                row = {
+                    "workload": point.workload,
+                    "shared": point.shared,
+                    "request_rate": point.request_rate,
+                    "concurrency": point.concurrency,
+                    "backend": server.name,
+                    "round": number,
+                    **server.measure(point, tokenizer),
+                    **constant,
+                }
+                keep(row, point)
     except BaseException:
         for server in servers:
             print(server.tail(12), flush=True)

@@ -36,6 +36,7 @@ class Point:
         request_rate: Poisson arrivals a second; None: all at once.
         concurrency: requests in flight at most; None: no limit.
         rows: writes the requests of a workload that bench_serving cannot generate.
+        runs: how often it is run in a round of the benchmark.
     """
 
     workload: str
@@ -44,6 +45,7 @@ class Point:
     request_rate: float | None = None
     concurrency: int | None = None
     rows: Callable[[Any], list[str]] | None = None
+    runs: int = 1
 
     @property
     def name(self) -> str:
@@ -77,8 +79,10 @@ def points(trace: Path) -> list[Point]:
         # RL rollouts: samples of one prompt.
         _shared_prefix("grpo-8x16", groups=8, samples=16, system=1024, question=8, output=512),
         _shared_prefix("grpo-8x64", groups=8, samples=64, system=1024, question=8, output=128),
-        # Hardly more than the time to the first token, which arrivals make vary: for many rounds.
-        _shared_prefix("burst-8x16", groups=8, samples=16, system=1024, question=8, output=8),
+        # Hardly more than the time to the first token, which varies with the order of arrivals.
+        _shared_prefix(
+            "burst-8x16", groups=8, samples=16, system=1024, question=8, output=8, runs=4
+        ),
         # One system prompt at three loads.
         *(
             _shared_prefix(f"system-{name}", 1, 2 * running, tokens, concurrency=running)
@@ -132,6 +136,7 @@ def _shared_prefix(
     question: int = 128,
     output: int = 256,
     concurrency: int | None = None,
+    runs: int = 1,
 ) -> Point:
     options: dict[str, Option] = {
         "dataset-name": "generated-shared-prefix",
@@ -141,7 +146,7 @@ def _shared_prefix(
         "gsp-question-len": question,
         "gsp-output-len": output,
     }
-    return Point(name, options, concurrency=concurrency)
+    return Point(name, options, concurrency=concurrency, runs=runs)
 
 
 def _write_requests(path: Path, tokenizer: Path, rows: Callable[[Any], list[str]]) -> None:
