@@ -313,9 +313,9 @@ class PlanBuffers {
   /// capture, as upload and append.
   void acquire(int64_t turn) {
     const Buffer& buffer = at(turn);
-    const DeviceGuard guard(device_.device_id);
-    stream_of_step();  // first: to wait for an event would spoil a capture
     if (buffer.read == nullptr) return;
+    const DeviceGuard guard(device_.device_id);
+    stream_of_step();  // refuses: to wait for an event would spoil a capture
     check_cuda(cudaEventSynchronize(buffer.read), "waiting for an upload");
   }
 
