@@ -25,7 +25,8 @@
 #        carry [".carry"]                           bash scripts/gpu_session.sh serving
 #                                                   bash scripts/gpu_session.sh features   (likewise)
 #        carry [".carry"]                           bash scripts/gpu_session.sh load --backends pat,fa3
-#      load leaves $OUT/jit-cache.tgz, what SGLang compiled; in .carry/ it saves the next machine 90 s of a first start
+#      load leaves $OUT/jit-cache.tgz, what SGLang compiled, unless it came along; in .carry/ it saves the next machine
+#      90 s of a first start
 #
 # Whatever follows a subcommand goes to its Python script. Results land in results/ there and in $OUT,
 # which comes back: copy them to results/ here.
@@ -173,8 +174,10 @@ load() {
   local status=0
   python3 scripts/bench_serving.py --tokenizer "$gpu/smollm2" --trace .carry/mooncake_conversation_trace.jsonl \
     "$@" 2>&1 | tee "$log" || status=$?
-  (cd "$HOME" && ls -d .cache/tvm-ffi .cache/flashinfer .cache/sglang .triton 2>/dev/null) |
-    tar -C "$HOME" -czf "${OUT:-/tmp}/jit-cache.tgz" -T - || true
+  if [ ! -e .carry/jit-cache.tgz ]; then
+    (cd "$HOME" && ls -d .cache/tvm-ffi .cache/flashinfer .cache/sglang .triton 2>/dev/null) |
+      tar -C "$HOME" -czf "${OUT:-/tmp}/jit-cache.tgz" -T - || true
+  fi
   return $status
 }
 
