@@ -15,8 +15,10 @@ only refines boundaries inside ranges that are shared already.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -206,7 +208,7 @@ class ForestBuilder:
 
     Rows come and go all the time, the nodes that several of them share far more rarely. The forest
     is kept while no row joins that shares a node it does not have, and may then have nodes that
-    only one row is left to pass. What is done for every row is all in C functions.
+    only one row is left to pass. For a row that stays nothing is done but to find it again.
     """
 
     def __init__(self) -> None:
@@ -226,13 +228,14 @@ class ForestBuilder:
             ``(None, None)`` when nothing is shared. Parents come before children in the forest.
         """
         shared = self._shared
-        if not shared.holds(nodes):
+        if not shared.follow(nodes):
             shared = self._shared = _SharedNodes(nodes)
         if shared.forest is None:  # rows meet at the root at most
             return None, None
-        leaf_of_row = np.fromiter(map(shared.leaf.__getitem__, nodes), np.int32, len(nodes))
+        leaf_of_row = np.frombuffer(shared.leaf_of_row, np.int32)
         lens = lens[: len(nodes)]
-        if lens.min() <= shared.deepest:
+        if np.minimum.reduce(lens) <= shared.deepest:
+            leaf_of_row = leaf_of_row.copy()
             for row in np.flatnonzero(shared.depth[leaf_of_row] >= lens):
                 leaf_of_row[row] = shared.lifted(int(leaf_of_row[row]), int(lens[row]) - 1)
         return shared.forest, leaf_of_row
@@ -246,7 +249,8 @@ class _SharedNodes:
 
     Attributes:
         forest: None when nothing is shared.
-        leaf: index of the deepest shared node at or above each row's last node, -1: none.
+        leaf_of_row: index of the deepest shared node at or above each row's last node, -1: none.
+        leaf: the same by last node, of the rows that are here and of some that were.
         depth: int64 ``[nodes + 1]``, tokens from the root to each node's end; the last one, which
             -1 picks, is 0.
         deepest: the largest of them.
@@ -285,22 +289,42 @@ class _SharedNodes:
                 node = node.parent
             self.leaf[last] = self._index[node]
         self._most_leaves = 2 * len(self.leaf) + 64
+        self._last_nodes = nodes
+        self.leaf_of_row = array("i", [self.leaf[last] for last in nodes])
 
-    def holds(self, nodes: Sequence[Any]) -> bool:
-        """Whether these rows, too, share no other nodes; takes in those that are new."""
-        distinct = set(nodes)
-        return (
-            all(map(self._joins, distinct.difference(self.leaf)))
-            and (len(distinct) == len(nodes) or self._ends_differ(nodes))
+    def follow(self, nodes: Sequence[Any]) -> bool:
+        """Takes in the rows of the next batch; False: they share other nodes, make them anew."""
+        gone = _rows_gone(self._last_nodes, nodes)
+        kept = len(self._last_nodes) - len(gone)
+        if not (
+            self._take_in(nodes, kept)
             and len(self.leaf) <= self._most_leaves  # most of those rows are gone
             and self._lengths == self._read_lengths()  # a node was split
-        )
+        ):
+            return False
+        leaf_of_row = self.leaf_of_row[:]
+        for row in reversed(gone):
+            del leaf_of_row[row]
+        leaf_of_row.extend([self.leaf[last] for last in nodes[kept:]])
+        self._last_nodes, self.leaf_of_row = nodes, leaf_of_row
+        return True
 
     def lifted(self, leaf: int, limit: int) -> int:
         """The deepest node at or above ``leaf`` that ends within ``limit`` tokens, -1: none."""
         while leaf >= 0 and self.depth[leaf] > max(limit, 0):
             leaf = self._parents[leaf]
         return leaf
+
+    def _take_in(self, nodes: Sequence[Any], kept: int) -> bool:
+        """Whether the rows after the first ``kept``, which are new, share no other nodes."""
+        returns = False
+        for last in nodes[kept:]:
+            if last not in self.leaf:
+                if not self._joins(last):
+                    return False
+            elif last not in self._index:
+                returns = True
+        return not returns or self._ends_differ(nodes)
 
     def _joins(self, last: Any) -> bool:
         """Takes in a row that ends in a node of ours, or in one of its own right below.
@@ -336,3 +360,19 @@ class _SharedNodes:
 
     def _read_lengths(self) -> list[int]:
         return [len(node.key) for node in self._nodes]
+
+
+def _rows_gone(before: Sequence[Any], now: Sequence[Any]) -> list[int]:
+    """Indices in ``before`` of what ``now`` does not begin with: the others are its first rows.
+
+    As filter_batch and merge_batch leave a batch: rows that stay keep their order, new ones come
+    behind them. A row that is found anywhere else has gone and come back.
+    """
+    gone = []
+    rest = iter(before)
+    for node, other in zip(now, rest, strict=False):
+        while other is not node:
+            gone.append(len(before) - length_hint(rest) - 1)
+            other = next(rest, node)
+    gone.extend(range(len(before) - length_hint(rest), len(before)))
+    return gone

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from scheduling import MiniScheduler, assert_exact, row_depths
 from pat_sglang.forest import build_segment_tree
 from pat_sglang.metrics import METRICS
 from pat_sglang.plugin.feed import StructureFeed
-from pat_sglang.plugin.structure import ForestBuilder, StructureTracker
+from pat_sglang.plugin.structure import ForestBuilder, StructureTracker, _rows_gone
 
 SYSTEM = list(range(100, 140))
 TOOLS = list(range(200, 230))
@@ -366,22 +367,25 @@ def test_a_kept_forest_is_the_one_of_a_new_builder():
     nodes, rows, builder = [root], [], ForestBuilder()
     kept = shared = 0
     for _ in range(3000):
-        parent = nodes[int(rng.integers(len(nodes)))]
-        match int(rng.integers(7)):
-            case 0:
-                nodes.append(Node(parent, int(rng.integers(1, 9))))
-            case 1 if len(parent.key) > 1:
-                nodes.append(parent.split())
-            case 2 if len(rows) < 12:
-                rows = [*rows, parent]
-            case 3 | 4 if len(rows) < 12:  # as most requests come: a new end below
-                nodes.append(Node(parent, int(rng.integers(1, 9))))
-                rows = [*rows, nodes[-1]]
-            case 5 if rows:
-                gone = int(rng.integers(len(rows)))
-                rows = rows[:gone] + rows[gone + 1 :]
-            case _:
-                rows = [rows[i] for i in rng.permutation(len(rows))]
+        for _ in range(int(rng.integers(1, 4))):  # changes from one step to the next
+            parent = nodes[int(rng.integers(len(nodes)))]
+            match int(rng.integers(8)):
+                case 0:
+                    nodes.append(Node(parent, int(rng.integers(1, 9))))
+                case 1 if len(parent.key) > 1:
+                    nodes.append(parent.split())
+                case 2 if len(rows) < 12:
+                    rows = [*rows, parent]
+                case 3 | 4 if len(rows) < 12:  # as most requests come: a new end below
+                    nodes.append(Node(parent, int(rng.integers(1, 9))))
+                    rows = [*rows, nodes[-1]]
+                case 5 | 6 if len(rows) > 1:
+                    gone = int(rng.integers(len(rows)))
+                    rows = rows[:gone] + rows[gone + 1 :]
+                case 7 if rows:
+                    rows = [rows[i] for i in rng.permutation(len(rows))]
+        if not rows:
+            continue
         lens = rng.integers(0, 40, len(rows))
         before = builder._shared
         found, fresh = builder.build(rows, lens), shared_forest(rows, lens)
@@ -394,7 +398,65 @@ def test_a_kept_forest_is_the_one_of_a_new_builder():
             depths.append(np.array(row_depths(shown), int).reshape(len(rows), len(rows)))
             np.fill_diagonal(depths[-1], 0)  # a kept node may be one row's alone by now
         assert np.array_equal(*depths)
-    assert kept > 1000 and shared > 500
+    assert kept > 1000 and shared > 1000
+
+
+def test_rows_that_stay_are_found_in_their_order():
+    """Against every way to read the new batch as rows of the old one, then others."""
+    rng = np.random.default_rng(3)
+    for _ in range(3000):
+        some = [object() for _ in range(4)]  # so few that last nodes repeat
+        before = [some[i] for i in rng.integers(4, size=int(rng.integers(6)))]
+        now = [some[i] for i in rng.integers(4, size=int(rng.integers(6)))]
+        gone = _rows_gone(before, now)
+        stays = [node for row, node in enumerate(before) if row not in set(gone)]
+        assert gone == sorted(set(gone)) and now[: len(stays)] == stays
+        assert len(stays) == max(
+            size
+            for size in range(len(before) + 1)
+            if now[:size] in map(list, combinations(before, size))
+        )
+
+
+def test_a_batch_that_others_left_and_joined():
+    """What filter_batch and merge_batch make: only those who left are gone."""
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        before, new = ([object() for _ in range(int(rng.integers(40)))] for _ in range(2))
+        gone = np.flatnonzero(rng.random(len(before)) < rng.choice([0.02, 0.5])).tolist()
+        now = [node for row, node in enumerate(before) if row not in gone] + new
+        assert _rows_gone(before, now) == gone
+
+
+def test_a_row_that_comes_back_finds_its_forest():
+    top = Node(Node(None, 0), 10)
+    rows, lens = [Node(top, 5) for _ in range(4)], np.full(4, 30)
+    builder = ForestBuilder()
+    builder.build(rows, lens)
+    before = builder._shared
+    builder.build(rows[1:], lens[1:])
+    Node(rows[0], 3)  # the answer of the request that ended there
+    forest, leaf_of_row = builder.build([*rows[1:], rows[0]], lens)
+    assert builder._shared is before
+    assert forest.length.tolist() == [10] and leaf_of_row.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_two_new_rows_with_one_end_share_it(known):
+    top = Node(Node(None, 0), 10)
+    rows = [Node(top, 5) for _ in range(4)]
+    builder = ForestBuilder()
+    builder.build(rows if known else rows[1:], np.full(4, 30))
+    forest, leaf_of_row = builder.build([*rows[1:], rows[0], rows[0]], np.full(5, 30))
+    assert forest.length.tolist() == [10, 5] and leaf_of_row.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_a_row_taken_for_short_has_its_whole_path_when_it_stays():
+    top = Node(Node(None, 0), 10)
+    rows, builder = [Node(top, 5) for _ in range(3)], ForestBuilder()
+    _, lifted = builder.build(rows, np.array([10, 30, 30]))
+    _, whole = builder.build(rows[:2], np.array([11, 30]))
+    assert (lifted.tolist(), whole.tolist()) == ([-1, 0, 0], [0, 0])
 
 
 def test_ends_of_rows_that_are_gone_are_forgotten():
