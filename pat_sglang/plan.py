@@ -26,6 +26,7 @@ logger = logging.getLogger("pat_sglang")
 
 RING = 4  # pinned upload buffers: the scheduler runs at most a step or two ahead of the device
 LAG = 8  # tokens by which host lengths may lag behind the device
+_NOTHING_SHARED = Forest.empty()
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Lengths = Sequence[int] | Int32Array | torch.Tensor
@@ -429,7 +430,7 @@ class DecodePlanner:
         if rows > self.max_rows:
             raise ValueError(f"the batch has {rows} rows, the planner was made for {self.max_rows}")
         if forest is None or leaf_of_row is None:
-            forest, leaf_of_row = Forest.empty(), np.full(rows, -1, np.int32)
+            forest, leaf_of_row = _NOTHING_SHARED, np.full(rows, -1, np.int32)
         leaves = np.ascontiguousarray(leaf_of_row, dtype=np.int32)
 
         turn = (self._turn + 1) % RING
@@ -452,7 +453,7 @@ class DecodePlanner:
         if not self.transfer.upload(turn, seq_lens, req_to_token, req_pool_indices):
             _count_copied()
         plan = self._plan
-        plan.renew(words[:count], int(lens.sum()), slots_compared)
+        plan.renew(words[:count], int(np.add.reduce(lens)), slots_compared)
         self._turn = turn  # a batch that was refused leaves the current plan's words alone
         self._tensors = (seq_lens, req_to_token, req_pool_indices)
         self._planned_lens = lens

@@ -25,7 +25,6 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from pat_sglang._types import Int32Array
 from pat_sglang.decode import pat_decode
-from pat_sglang.forest import Forest
 from pat_sglang.layout import H_PLANNED_TOKENS, H_RUNS, H_SHARED_PACKS, H_SHARING
 from pat_sglang.metrics import METRICS
 
@@ -35,9 +34,6 @@ from .structure import BatchStructure
 
 if TYPE_CHECKING:
     from pat_sglang import DecodePlan
-
-# The forest of a batch that shares nothing: one node of no tokens, below no row.
-_NO_NODES = Forest(np.array([-1], np.int32), np.array([0], np.int32))
 
 
 class BestPlan(NamedTuple):
@@ -250,9 +246,8 @@ class PatMixin(AttentionBackend):
         structure = state.feed.take(rows) if real else None
         kept = kept and structure is expected
         if not kept:
-            forest, leaf_of_row = _NO_NODES, np.full(rows, -1, np.int32)
-            if structure is not None and structure.forest is not None:
-                assert structure.leaf_of_row is not None
+            forest = leaf_of_row = None
+            if structure is not None:
                 forest, leaf_of_row = structure.forest, structure.leaf_of_row
             for geometry, planner in state.planners.items():
                 state.plans[geometry] = planner.plan(forest, leaf_of_row, **step)
