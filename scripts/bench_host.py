@@ -86,13 +86,13 @@ class Step(NamedTuple):
 class Observed:
     """Takes the place of a tracker's ``observe``: notes how long it takes."""
 
-    def __init__(self, observe: Callable[[Any], Any]) -> None:
+    def __init__(self, observe: Callable[..., Any]) -> None:
         self.observe = observe
         self.ns = 0
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         begin = time.perf_counter_ns()
-        structure = self.observe(batch)
+        structure = self.observe(*args)
         self.ns = time.perf_counter_ns() - begin
         return structure
 

@@ -227,8 +227,9 @@ class PatMixin(AttentionBackend):
         if not real:  # padded beyond what a plan holds, and nobody reads the output
             rows = min(rows, state.max_rows)
         expected = state.feed.expected(rows) if real else None
+        host_lens = self._pat_host_lens(forward_batch, rows)
         step = {
-            "host_lens": self._pat_host_lens(forward_batch, rows),
+            "host_lens": host_lens,
             "seq_lens": forward_batch.seq_lens,
             "req_to_token": state.req_to_token_pool.req_to_token,
             "req_pool_indices": forward_batch.req_pool_indices,
@@ -243,7 +244,7 @@ class PatMixin(AttentionBackend):
                 for geometry, planner in state.planners.items()
             )
         )
-        structure = state.feed.take(rows) if real else None
+        structure = state.feed.take(host_lens) if real else None
         kept = kept and structure is expected
         if not kept:
             forest = leaf_of_row = None

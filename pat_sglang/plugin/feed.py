@@ -14,6 +14,7 @@ import logging
 from typing import Any
 
 from pat_sglang import envs
+from pat_sglang._types import Int32Array
 from pat_sglang.metrics import METRICS
 
 from .structure import BatchStructure, StructureTracker
@@ -54,16 +55,16 @@ class StructureFeed:
         reqs = self.reqs
         return None if reqs is None or len(reqs) != rows else self.tracker.expected(reqs)
 
-    def take(self, rows: int) -> BatchStructure | None:
-        """The structure of a decode step with this many live rows, once; None: not known."""
+    def take(self, host_lens: Int32Array) -> BatchStructure | None:
+        """The structure of a decode step whose live rows are so long, once; None: not known."""
         batch, self._pending = self._pending, None
         if batch is None:
             return None
-        if len(batch.reqs) != rows:
+        if len(batch.reqs) != len(host_lens):
             METRICS.count_reason("no_sharing", "rows of the step and of the structure differ")
             self.tracker.drop()
             return None
-        return self.tracker.observe(batch)
+        return self.tracker.observe(batch, host_lens)
 
     def check_fired(self) -> None:
         """Called at real decode steps: SGLang swallows hooks that failed to install.

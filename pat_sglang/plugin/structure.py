@@ -3,7 +3,7 @@
 
 SGLang builds a ForwardBatch from its ScheduleBatch right before every forward, in the scheduler
 thread. The hook in feed.py keeps the ScheduleBatch, and the backend has it read here in the same
-step: ``reqs`` (the rows, in order), ``tree_cache`` and ``seq_lens_cpu``. Sharing follows from node
+step: ``reqs`` (the rows, in order) and ``tree_cache``. Sharing follows from node
 identity alone; no token and no KV slot is compared. Rows of a running request are locked in the
 tree, so their nodes stay.
 
@@ -58,8 +58,13 @@ class StructureTracker:
         """The last structure, if it was that of the same list: a guess that ``observe`` checks."""
         return self._structure if reqs is self._list and len(reqs) == len(self._reqs) else None
 
-    def observe(self, batch: Any) -> BatchStructure:
-        """Structure of a decode ScheduleBatch."""
+    def observe(self, batch: Any, lens: npt.NDArray[Any]) -> BatchStructure:
+        """Structure of a decode ScheduleBatch.
+
+        Args:
+            batch: about to run.
+            lens: [rows] sequence lengths on the host; a value too small only costs sharing.
+        """
         reqs = batch.reqs
         nodes = [req.last_node for req in reqs]
         if reqs is self._list and nodes == self._nodes and reqs == self._reqs:
@@ -68,7 +73,7 @@ class StructureTracker:
             assert self._structure is not None
             return self._structure
 
-        forest, leaf_of_row, unknown = self._read(batch, nodes)
+        forest, leaf_of_row, unknown = self._read(batch.tree_cache, nodes, lens)
         self._version += 1
         self._list, self._reqs, self._nodes = reqs, list(reqs), nodes
         self._members = None
@@ -91,13 +96,12 @@ class StructureTracker:
             self.drop()
 
     def _read(
-        self, batch: Any, nodes: list[Any]
+        self, tree: Any, nodes: list[Any], lens: npt.NDArray[Any]
     ) -> tuple[Forest | None, Int32Array | None, str | None]:
-        tree = batch.tree_cache
         if self._reader is None or self._reader.tree is not tree:
             self._reader = _TreeReader(tree)
         try:
-            return self._reader.read(nodes, _host_lens(batch))
+            return self._reader.read(nodes, lens)
         except Exception as error:
             # A wrong guess about a tree must not stop a server that the base would keep running.
             if envs.STRICT.get():
@@ -105,14 +109,6 @@ class StructureTracker:
             reason = f"tree lookup failed: {type(error).__name__}"
             self._reader.warn_once(f"{reason}: {error}")
             return None, None, reason
-
-
-def _host_lens(batch: Any) -> npt.NDArray[Any]:
-    """Sequence lengths of the batch on the host; a value too small only costs sharing."""
-    lens = getattr(batch, "seq_lens_cpu", None)
-    if lens is not None:
-        return lens.numpy()
-    return np.array([req.seqlen for req in batch.reqs], np.int64)
 
 
 class _TreeReader:
@@ -233,7 +229,6 @@ class ForestBuilder:
         if shared.forest is None:  # rows meet at the root at most
             return None, None
         leaf_of_row = np.frombuffer(shared.leaf_of_row, np.int32)
-        lens = lens[: len(nodes)]
         if np.minimum.reduce(lens) <= shared.deepest:
             leaf_of_row = leaf_of_row.copy()
             for row in np.flatnonzero(shared.depth[leaf_of_row] >= lens):

@@ -21,7 +21,17 @@ TOOLS = list(range(200, 230))
 
 
 def observe(scheduler, reqs, tracker=None):
-    return (tracker or StructureTracker()).observe(scheduler.decode(reqs))
+    return observe_batch(scheduler.decode(reqs), tracker)
+
+
+def observe_batch(batch, tracker=None):
+    return (tracker or StructureTracker()).observe(batch, batch.seq_lens_cpu.numpy())
+
+
+def take(feed, batch):
+    """The hook fires, then the backend asks."""
+    feed.on_forward(batch)
+    return feed.take(batch.seq_lens_cpu.numpy())
 
 
 def test_two_levels_and_private_tails():
@@ -159,10 +169,8 @@ def test_retract_all_and_resume_is_a_new_signature():
     scheduler = MiniScheduler()
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
-    feed.on_forward(scheduler.decode(reqs))
-    before = feed.take(2)
-    feed.on_forward(scheduler.decode(reqs))
-    assert feed.take(2) is before
+    before = take(feed, scheduler.decode(reqs))
+    assert take(feed, scheduler.decode(reqs)) is before
     for req in reqs:
         scheduler.retract(req)
     for req in reqs:
@@ -170,8 +178,7 @@ def test_retract_all_and_resume_is_a_new_signature():
     feed.on_forward(scheduler.batch(reqs, "EXTEND"))
     for req in reqs:
         scheduler.publish(req)
-    feed.on_forward(scheduler.decode(reqs))
-    after = feed.take(2)
+    after = take(feed, scheduler.decode(reqs))
     assert after.version != before.version
     assert_exact(scheduler, after)
 
@@ -251,7 +258,7 @@ def test_rust_core_paths():
         {5: [(2, 0, 10), (5, 10, 30)], 6: [(2, 0, 10), (6, 10, 12)], 2: [(2, 0, 10)], 1: []}
     )
     tree = SimpleNamespace(tree_core=core, disable=False)
-    structure = StructureTracker().observe(fake_batch(tree, [5, 6, 2, 1, 5], [40, 13, 11, 9, 31]))
+    structure = observe_batch(fake_batch(tree, [5, 6, 2, 1, 5], [40, 13, 11, 9, 31]))
     depths = row_depths(structure)
     assert depths[0][1] == 10 and depths[0][4] == 30 and depths[1][2] == 10
     assert structure.leaf_of_row[3] == -1
@@ -261,7 +268,7 @@ def test_stale_node_ids_cost_sharing_not_the_server(caplog):
     tree = SimpleNamespace(tree_core=RustCore({}), disable=False)
     tracker = StructureTracker()
     for _ in range(2):
-        structure = tracker.observe(fake_batch(tree, [3, 3], [5, 5]))
+        structure = observe_batch(fake_batch(tree, [3, 3], [5, 5]), tracker)
         tracker.drop()
     assert structure.forest is None and structure.no_sharing == "tree lookup failed: KeyError"
     assert len(caplog.records) == 1
@@ -271,7 +278,7 @@ def test_stale_node_ids_are_an_error_when_strict(monkeypatch):
     monkeypatch.setenv("PAT_SGLANG_STRICT", "1")
     tree = SimpleNamespace(tree_core=RustCore({}), disable=False)
     with pytest.raises(KeyError):
-        StructureTracker().observe(fake_batch(tree, [3, 3], [5, 5]))
+        observe_batch(fake_batch(tree, [3, 3], [5, 5]))
 
 
 def test_opaque_handles_share_nothing():
@@ -280,7 +287,7 @@ def test_opaque_handles_share_nothing():
 
     handle = Handle()
     tree = SimpleNamespace(disable=False)
-    structure = StructureTracker().observe(fake_batch(tree, [handle, handle], [5, 5]))
+    structure = observe_batch(fake_batch(tree, [handle, handle], [5, 5]))
     assert structure.forest is None
     assert structure.no_sharing == "nodes of type Handle are opaque"
 
@@ -292,7 +299,7 @@ def test_streaming_session_is_looked_through():
     batch = scheduler.decode(reqs)
     batch.tree_cache = SimpleNamespace(inner=scheduler.tree)
     reqs[2].last_node = type("_VirtualNode", (), {})()
-    structure = StructureTracker().observe(batch)
+    structure = observe_batch(batch)
     assert row_depths(structure)[0][1] == 40 and structure.leaf_of_row[2] == -1
 
 
@@ -511,35 +518,30 @@ def test_another_forward_of_a_row_drops_the_signature(mode):
     scheduler = MiniScheduler()
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
-    feed.on_forward(scheduler.decode(reqs))
-    first = feed.take(2)
+    first = take(feed, scheduler.decode(reqs))
     new = scheduler.admit(scheduler.request([*SYSTEM, 8, 8, 8]))
     feed.on_forward(scheduler.batch([new, *reqs], mode))
-    assert feed.take(3) is None  # only decode steps have a structure
-    feed.on_forward(scheduler.decode(reqs))
-    assert feed.take(2).version != first.version
+    assert feed.take(np.full(3, 50)) is None  # only decode steps have a structure
+    assert take(feed, scheduler.decode(reqs)).version != first.version
 
 
 def test_a_prefill_of_others_keeps_the_signature():
     scheduler = MiniScheduler()
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
-    feed.on_forward(scheduler.decode(reqs))
-    first = feed.take(2)
+    first = take(feed, scheduler.decode(reqs))
     feed.on_forward(scheduler.batch([scheduler.admit(scheduler.request([1, 2, 3]))], "EXTEND"))
-    feed.on_forward(scheduler.decode(reqs))
-    assert feed.take(2) is first
+    assert take(feed, scheduler.decode(reqs)) is first
 
 
 def test_a_structure_is_taken_once_and_only_by_its_own_step():
     scheduler = MiniScheduler()
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
+    assert take(feed, scheduler.decode(reqs)) is not None
+    assert feed.take(np.full(2, 50)) is None
     feed.on_forward(scheduler.decode(reqs))
-    assert feed.take(2) is not None
-    assert feed.take(2) is None
-    feed.on_forward(scheduler.decode(reqs))
-    assert feed.take(5) is None
+    assert feed.take(np.full(5, 50)) is None
     assert METRICS.get("no_sharing") == 1
 
 
@@ -549,8 +551,7 @@ def test_speculative_decode_is_not_ours():
     feed = StructureFeed()
     batch = scheduler.decode(reqs)
     batch.spec_info = object()
-    feed.on_forward(batch)
-    assert feed.take(2) is None
+    assert take(feed, batch) is None
     assert METRICS.as_dict()["steps_on_base"] == {"speculative decode": 1}
 
 
