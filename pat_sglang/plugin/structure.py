@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import length_hint
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,7 @@ from pat_sglang.forest import Forest
 logger = logging.getLogger("pat_sglang")
 
 
-@dataclass(frozen=True)
-class BatchStructure:
+class BatchStructure(NamedTuple):
     """Rows of one decode batch and the tree nodes that two or more of them share."""
 
     version: int  # equal versions: same rows, same nodes. Never used again after a change
@@ -229,7 +228,7 @@ class ForestBuilder:
         if shared.forest is None:  # rows meet at the root at most
             return None, None
         leaf_of_row = np.frombuffer(shared.leaf_of_row, np.int32)
-        if np.minimum.reduce(lens) <= shared.deepest:
+        if lens[lens.argmin()] <= shared.deepest:  # min() goes a longer way
             leaf_of_row = leaf_of_row.copy()
             for row in np.flatnonzero(shared.depth[leaf_of_row] >= lens):
                 leaf_of_row[row] = shared.lifted(int(leaf_of_row[row]), int(lens[row]) - 1)
