@@ -508,5 +508,6 @@ class DecodePlanner:
         if lens is not None:
             # A row that shrank makes these not the rows of this plan: as an unsigned number it has
             # grown beyond any horizon.
-            grown = int((lens - self._planned_lens).view(np.uint32).max(initial=0))
+            of_row = (lens - self._planned_lens).view(np.uint32)
+            grown = int(of_row[of_row.argmax()]) if of_row.size else 0  # max() takes longer
         return grown <= plan.header[layout.H_HORIZON] - LAG

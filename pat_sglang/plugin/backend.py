@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
@@ -260,16 +261,16 @@ class PatMixin(AttentionBackend):
             state.feed.check_fired()
         self._pat_count(structure, real=real, kept=kept)
 
-    def _pat_host_lens(self, forward_batch: Any, rows: int) -> Int32Array:
+    def _pat_host_lens(self, forward_batch: Any, rows: int) -> npt.NDArray[Any]:
         """[rows] sequence lengths on the host; only a step nobody knows synchronises for them."""
         lens = getattr(forward_batch, "seq_lens_cpu", None)
         if lens is not None:
-            return lens.numpy()[:rows].astype(np.int32)
+            return lens.numpy()[:rows]
         reqs = self._pat.feed.reqs
         if reqs is not None and len(reqs) == rows:
             return np.array([req.seqlen for req in reqs], np.int32)
         # Guessed lengths would put true ones beyond the horizon.
-        return forward_batch.seq_lens[:rows].cpu().numpy().astype(np.int32)
+        return forward_batch.seq_lens[:rows].cpu().numpy()
 
     def _pat_count(self, structure: BatchStructure | None, *, real: bool, kept: bool) -> None:
         if not real:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy.typing as npt
+
 from pat_sglang import envs
-from pat_sglang._types import Int32Array
 from pat_sglang.metrics import METRICS
 
 from .structure import BatchStructure, StructureTracker
@@ -55,7 +56,7 @@ class StructureFeed:
         reqs = self.reqs
         return None if reqs is None or len(reqs) != rows else self.tracker.expected(reqs)
 
-    def take(self, host_lens: Int32Array) -> BatchStructure | None:
+    def take(self, host_lens: npt.NDArray[Any]) -> BatchStructure | None:
         """The structure of a decode step whose live rows are so long, once; None: not known."""
         batch, self._pending = self._pending, None
         if batch is None:
