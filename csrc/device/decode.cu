@@ -10,6 +10,7 @@
 #else
 #include "attention_sm80.cuh"
 #endif
+#include "launch.h"
 
 namespace pat {
 namespace {
@@ -59,8 +60,8 @@ cudaError_t prepare_decode() {
 }
 
 cudaError_t launch_decode(const DecodeParams& params, int32_t num_sms, cudaStream_t stream) {
-  decode_kernel<<<num_sms * kBlocksPerSm, kThreads, kSharedBytes, stream>>>(params);
-  return cudaGetLastError();
+  return launch(decode_kernel, num_sms * kBlocksPerSm, kThreads, kSharedBytes, Start::kEarly,
+                stream, params);
 }
 
 }  // namespace pat

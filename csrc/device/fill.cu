@@ -11,6 +11,7 @@
 // [filled, seq_len) are copied, so a step the planner did not see heals itself.
 #include <algorithm>
 
+#include "launch.h"
 #include "params.h"
 #include "plan_layout.h"
 #include "ptx.cuh"
@@ -105,31 +106,16 @@ __global__ void __launch_bounds__(kFillThreads)
 cudaError_t launch_upload(const void* from, int32_t* to, int32_t words, cudaStream_t stream) {
   const int32_t chunks = (words + 3) / 4;
   const int32_t blocks = (chunks + kUploadThreads - 1) / kUploadThreads;
-  cudaLaunchConfig_t config{};
-  config.gridDim = std::min(blocks, kUploadBlocks);
-  config.blockDim = kUploadThreads;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, upload_kernel, static_cast<const int4*>(from),
-                            reinterpret_cast<int4*>(to), chunks);
+  return launch(upload_kernel, std::min(blocks, kUploadBlocks), kUploadThreads, 0, Start::kInOrder,
+                stream, static_cast<const int4*>(from), reinterpret_cast<int4*>(to), chunks);
 }
 
 cudaError_t launch_fill(const FillParams& params, bool after_upload, cudaStream_t stream) {
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = params.fresh ? dim3(params.rows + params.num_runs, kFreshBlocks) : params.rows;
-  config.blockDim = kFillThreads;
-  config.stream = stream;
-  if (config.gridDim.x == 0) return cudaSuccess;
-#if defined(PAT_PATH_SM90)
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = after_upload ? 1 : 0;
-#else
-  static_cast<void>(attribute);
-  static_cast<void>(after_upload);
-#endif
-  return cudaLaunchKernelEx(&config, fill_kernel, params);
+  const auto rows = static_cast<uint32_t>(params.rows);
+  const dim3 blocks = params.fresh ? dim3(rows + params.num_runs, kFreshBlocks) : dim3(rows);
+  if (blocks.x == 0) return cudaSuccess;
+  return launch(fill_kernel, blocks, kFillThreads, 0,
+                after_upload ? Start::kEarly : Start::kInOrder, stream, params);
 }
 
 }  // namespace pat

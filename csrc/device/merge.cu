@@ -14,6 +14,7 @@
 #include <algorithm>
 
 #include "config.cuh"
+#include "launch.h"
 #include "params.h"
 
 namespace pat {
@@ -198,32 +199,21 @@ __global__ void __launch_bounds__(kBlockWarps * 32, kResidentBlocks)
 }
 
 template <int kWarpsPerPair>
-cudaError_t launch(const DecodeParams& params, int32_t num_sms, cudaStream_t stream) {
+cudaError_t launch_variant(const DecodeParams& params, int32_t num_sms, cudaStream_t stream) {
   constexpr int kPairsPerBlock = kBlockWarps / kWarpsPerPair;
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config{};
   const int32_t pairs = params.rows_padded * params.num_q_heads;
-  config.gridDim =
+  const int32_t blocks =
       std::min((pairs + kPairsPerBlock - 1) / kPairsPerBlock, num_sms * kResidentBlocks);
-  config.blockDim = kBlockWarps * 32;
-  config.stream = stream;
-#if defined(PAT_PATH_SM90)
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-#else
-  static_cast<void>(attribute);
-#endif
-  return cudaLaunchKernelEx(&config, merge_kernel<kWarpsPerPair>, params);
+  return launch(merge_kernel<kWarpsPerPair>, blocks, kBlockWarps * 32, 0, Start::kEarly, stream,
+                params);
 }
 
 }  // namespace
 
 cudaError_t launch_merge(const DecodeParams& params, int32_t num_sms, cudaStream_t stream) {
   return params.rows_padded * params.num_q_heads <= kPairsPerSm * num_sms
-             ? launch<kBlockWarps>(params, num_sms, stream)
-             : launch<1>(params, num_sms, stream);
+             ? launch_variant<kBlockWarps>(params, num_sms, stream)
+             : launch_variant<1>(params, num_sms, stream);
 }
 
 }  // namespace pat

@@ -213,6 +213,44 @@ def test_a_step_cannot_be_captured(make_planner):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "write", [lambda to, values: to.copy_(values), lambda to, values: torch.mul(values, 1, out=to)],
+    ids=["copy engine", "kernel"],
+)  # fmt: skip
+@pytest.mark.parametrize("last", ["q", "k_cache", "v_cache"])
+def test_what_was_just_written_is_read(make_planner, last, write):
+    # The forward kernel starts before the kernel before it has ended.
+    case = cuda_case((32, 8), 128, *random_forest(np.random.default_rng(13), 90, max_len=900))
+    plan = plan_case(make_planner(32, 8, 128), case)
+    written = {name: getattr(case, name).clone() for name in ("q", "k_cache", "v_cache")}
+    out = torch.empty_like(case.q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            for tensor in (out, case.q, case.k_cache, case.v_cache):
+                tensor.fill_(torch.nan)
+            for name in sorted(written, key=lambda name: name == last):
+                write(getattr(case, name), written[name])
+            pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale, out=out)
+    graph.replay()
+    assert_close(out, case)
+
+
+def test_layers_without_a_kernel_between(make_planner):
+    # The forward kernel starts before the merge kernel has ended, which resets its counters.
+    case = cuda_case((32, 8), 128, *random_forest(np.random.default_rng(14), 200, max_len=300))
+    plan = plan_case(make_planner(32, 8, 128), case)
+    outs = torch.full((12, *case.q.shape), torch.nan, dtype=case.q.dtype, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for out in outs:
+            pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale, out=out)
+    for _ in range(3):
+        graph.replay()
+    assert_close(outs[0], case)
+    assert all(torch.equal(out.view(torch.int16), outs[0].view(torch.int16)) for out in outs)
+
+
 def test_lengths_that_are_written_just_before_the_plan(make_planner):
     # The fill kernel starts before the upload has ended, and reads them first.
     rng = np.random.default_rng(11)
