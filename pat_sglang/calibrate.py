@@ -173,6 +173,7 @@ class _Timed:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             run()
+        self.held = (q, k, v, out)  # the graph only has their addresses
 
     def measure(self, flush: torch.Tensor) -> float:
         """Microseconds of one layer under the planner's model, cold L2."""
