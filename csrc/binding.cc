@@ -309,14 +309,16 @@ class PlanBuffers {
   PlanBuffers(const PlanBuffers&) = delete;
   PlanBuffers& operator=(const PlanBuffers&) = delete;
 
-  /// Waits until the device has read what was last uploaded from a buffer of the ring. Refused in a
-  /// capture, as upload and append.
+  /// Waits until the device has read what was last uploaded from a buffer of the ring. Does not spoil a
+  /// capture, which upload() then refuses: without a tensor there is no telling the current stream.
   void acquire(int64_t turn) {
     const Buffer& buffer = at(turn);
     if (buffer.read == nullptr) return;
-    const DeviceGuard guard(device_.device_id);
-    stream_of_step();  // refuses: to wait for an event would spoil a capture
-    check_cuda(cudaEventSynchronize(buffer.read), "waiting for an upload");
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "allowing a wait");
+    const cudaError_t waited = cudaEventSynchronize(buffer.read);
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "forbidding it again");
+    check_cuda(waited, "waiting for an upload");
   }
 
   /// Uploads the plan that lies in a buffer of the ring and gathers its slots. false: the device cannot
