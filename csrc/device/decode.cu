@@ -60,7 +60,7 @@ cudaError_t prepare_decode() {
 }
 
 cudaError_t launch_decode(const DecodeParams& params, int32_t num_sms, cudaStream_t stream) {
-  return launch(decode_kernel, num_sms * kBlocksPerSm, kThreads, kSharedBytes, Start::kEarly,
+  return launch(decode_kernel, num_sms * kBlocksPerSm, kThreads, kSharedBytes, Start::kInOrder,
                 stream, params);
 }
 

@@ -46,7 +46,6 @@ class Loader {
         turn = 0;
       }
     }
-    ptx::wait_for_previous_kernel();  // NOTE: by every block, or the grid could end before it
     announce({.piece = -1});
     arrive(mine_.q_full());
   }
@@ -60,7 +59,6 @@ class Loader {
 
   /// The next piece of a tile, for one half or for both.
   __device__ __forceinline__ int32_t draw(const TileWork& work, int turn) const {
-    ptx::wait_for_previous_kernel();  // which may have reset the counters
     const bool both = is_joint(work.tile);
     const uint32_t drawn = (both ? first_half_ : mine_).drawn(work.tile, turn);
     if ((!both || half_ == 0) && warp_ == 0 && lane_ == 0) {
@@ -78,7 +76,6 @@ class Loader {
 
   __device__ __forceinline__ void load(int tile, int32_t piece) {
     Item item = item_of(tile, piece);
-    ptx::wait_for_previous_kernel();  // behind what is of the plan, which was there before it
     const int32_t kv_head = piece % params_.num_kv_heads;
     // All that the first loads of K and Q wait for is asked for at once.
     const int32_t my_token = first_token(tile) + lane_;

@@ -219,7 +219,7 @@ def test_a_step_cannot_be_captured(make_planner):
 )  # fmt: skip
 @pytest.mark.parametrize("last", ["q", "k_cache", "v_cache"])
 def test_what_was_just_written_is_read(make_planner, last, write):
-    # The forward kernel starts before the kernel before it has ended.
+    # Nothing of it may be asked for before the stream has come so far.
     case = cuda_case((32, 8), 128, *random_forest(np.random.default_rng(13), 90, max_len=900))
     plan = plan_case(make_planner(32, 8, 128), case)
     written = {name: getattr(case, name).clone() for name in ("q", "k_cache", "v_cache")}
@@ -237,7 +237,7 @@ def test_what_was_just_written_is_read(make_planner, last, write):
 
 
 def test_layers_without_a_kernel_between(make_planner):
-    # The forward kernel starts before the merge kernel has ended, which resets its counters.
+    # The merge kernel of each resets the work counters for the next.
     case = cuda_case((32, 8), 128, *random_forest(np.random.default_rng(14), 200, max_len=300))
     plan = plan_case(make_planner(32, 8, 128), case)
     outs = torch.full((12, *case.q.shape), torch.nan, dtype=case.q.dtype, device="cuda")
