@@ -21,7 +21,9 @@ import contextlib
 import copy
 import functools
 import json
+import re
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -34,7 +36,7 @@ import numpy as np
 import shapes
 from gpu_common import Row
 from server import Server, add_plugin_option, environment_with
-from serving_report import report
+from serving_report import COLUMNS, report
 from workloads import MOONCAKE, Point, points
 
 KEY = (
@@ -44,11 +46,17 @@ KEY = (
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 TRACE = common.ROOT.parent / "shared/traces" / MOONCAKE
 START_PATIENCE_S = 540.0  # a first start compiles kernels
-# bench_serving's names of what a row keeps.
-KEPT = (
-    "mean_tpot_ms", "median_tpot_ms", "p99_tpot_ms", "mean_ttft_ms", "p99_ttft_ms",
-    "mean_itl_ms", "median_itl_ms", "p99_itl_ms", "completed", "total_output_tokens", "duration",
-)  # fmt: skip
+# bench_serving's names of what a row keeps, and of the times by what of them means something.
+KEPT = ("completed", "total_output_tokens", "duration")
+KEPT_TIMES = {
+    "tokens": (
+        "mean_tpot_ms", "median_tpot_ms", "p99_tpot_ms", "mean_ttft_ms", "p99_ttft_ms",
+        "mean_itl_ms", "median_itl_ms", "p99_itl_ms",
+    ),
+    "first token": ("mean_ttft_ms", "p99_ttft_ms"),
+    "none": (),
+}  # fmt: skip
+LOGGED_STEPS = 16  # a line each
 MOST_SILENT = 0.01  # of the requests
 COUNTED = ("plans_made", "plans_kept", "planned_kv_tokens", "unshared_kv_tokens")
 
@@ -101,6 +109,19 @@ def backend_of(name: str) -> tuple[str, int]:
     return backend, int(page or 1)
 
 
+def step_ms(log: str) -> float | None:
+    """Median milliseconds of a decode step by the server's own log, prefills between them included.
+
+    What the GPU and the scheduler take, whoever has to print the tokens. The first line is left
+    out: it counts from before the run. None: there are no others.
+    """
+    lines = re.findall(
+        r"Decode batch.*#running-req: (\d+).*gen throughput \(token/s\): ([\d.]+)", log
+    )
+    steps = [1e3 * int(rows) / float(rate) for rows, rate in lines[1:] if float(rate) > 0]
+    return statistics.median(steps) if steps else None
+
+
 class Contender(Server):
     """A server of one backend."""
 
@@ -108,6 +129,7 @@ class Contender(Server):
         backend, page = backend_of(name)
         arguments = ["--model-path", str(model), "--attention-backend", backend]
         arguments += ["--page-size", str(page), "--random-seed", "1"]
+        arguments += ["--decode-log-interval", str(LOGGED_STEPS)]
         if options.cpu:
             arguments += ["--device", "cpu", "--dtype", "float32", "--grammar-backend", "none"]
         else:
@@ -136,6 +158,7 @@ class Contender(Server):
         command += ["--output-file", str(output), *point.arguments(tokenizer, self.folder)]
         self.flush()  # bench_serving's own --flush-cache fails when its warm-up is not quite gone
         before = self.pat_state()
+        told = len(self.log.read_text(errors="replace"))
         sys.argv = ["bench_serving", *command]
         log = self.log.with_suffix(".bench.log")
         with log.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -150,8 +173,10 @@ class Contender(Server):
         silent = sum(ttft <= 0 for ttft in result["ttfts"])
         if silent > MOST_SILENT * len(result["ttfts"]):
             raise RuntimeError(f"{self.name}, {point.name}: {silent} requests printed nothing")
-        row = {name: result[name] for name in KEPT} | {"silent": silent}
+        row = {name: result[name] for name in (*KEPT, *KEPT_TIMES[point.times])}
+        row["silent"] = silent
         row["output_tok_s"] = result["output_throughput"]
+        row["server_step_ms"] = step_ms(self.log.read_text(errors="replace")[told:])
         if self.with_pat:
             if not after.get("active"):
                 raise RuntimeError(f"{self.name}: PAT is not active: {after.get('declined')}")
@@ -173,13 +198,9 @@ def in_order(chosen: Sequence[Point], rounds: Iterable[int]) -> Iterator[tuple[i
 def keep(row: Row, point: Point) -> None:
     """Stores a row and prints what matters of it."""
     common.write_rows(f"bench_serving-{common.gpu_slug()}.jsonl", [row], KEY)
-    print(
-        f"{row['round']} {point.name:24} {row['backend']:16} ITL median "
-        f"{row['median_itl_ms']:6.2f}  TPOT mean {row['mean_tpot_ms']:6.2f} "
-        f"p99 {row['p99_tpot_ms']:6.2f}  TTFT {row['mean_ttft_ms']:6.0f} ms  "
-        f"{row['output_tok_s']:6.0f} tok/s  {row['duration']:5.1f} s",
-        flush=True,
-    )
+    shown = [column for column in COLUMNS if column in row]
+    cells = "  ".join(f"{column} {row[column]:.1f}" for column in shown)
+    print(f"{row['round']} {point.name:24} {row['backend']:16} {cells}", flush=True)
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:

@@ -73,7 +73,7 @@ def losses(
     columns = measured([*mine, *peer])
     ratio = {column: median(mine, column) / median(peer, column) for column in columns}
     target = TARGETS.get(load)
-    if target is not None and name == "fa3" and ratio["median_itl_ms"] > target:
+    if target is not None and name == "fa3" and ratio.get("median_itl_ms", 0) > target:
         failed.append(f"median ITL {ratio['median_itl_ms']:.3f} of {name}'s, asked {target}")
     slack = dict(CONTROL_SLACK)
     if mine[0]["shared"]:
@@ -82,6 +82,8 @@ def losses(
             for column in ("mean_tpot_ms", "p99_tpot_ms")
             if ratio.get(column, 0) >= 1
         ]
+        if "mean_ttft_ms" not in ratio and ratio["output_tok_s"] <= 1:  # answers came whole
+            failed.append(f"output_tok_s {ratio['output_tok_s']:.3f} of {name}'s")
         slack = {column: slack[column] for column in ("mean_ttft_ms", "output_tok_s")}
     for column, share in slack.items():
         if column not in ratio:
@@ -102,22 +104,29 @@ def report(rows: Sequence[Row]) -> str:
     for group, backends in grouped(rows).items():
         lines.append(", ".join(group))
         for name, of in backends.items():
-            cells = [f"{c} {median(of, c):.2f} ({spread(of, c):.1%})" for c in measured(of)]
-            text = "  ".join(cells)
+            columns = measured(of)
+            if all(row.get("server_step_ms") for row in of):
+                columns.append("server_step_ms")
+            text = "  ".join(f"{c} {median(of, c):.2f} ({spread(of, c):.1%})" for c in columns)
             lines.append(f"  {name:16}{text}  {len(of)} rounds{_plans(of[-1])}")
         for name, of in backends.items():
             mine, peer = paired(backends.get("pat", []), of)
             if name == "pat" or not mine:
                 continue
             failed, undecided = losses(load_of(of[0]), mine, peer, name)
-            gain = median(peer, "median_itl_ms") / median(mine, "median_itl_ms")
             words = "; ".join(failed) or "holds"
             if missing := [c for c in COLUMNS if c not in measured([*mine, *peer])]:
                 words += f"; not measured: {', '.join(missing)}"
             if undecided:
                 words += "; not decided: " + "; ".join(undecided)
-            lines.append(f"    against {name}: {gain:.2f}x in median ITL; {words}")
+            lines.append(f"    against {name}: {_gain(mine, peer)}; {words}")
     return "medians over rounds (largest - smallest, relative)\n" + "\n".join(lines)
+
+
+def _gain(mine: Sequence[Row], peer: Sequence[Row]) -> str:
+    if "median_itl_ms" in measured([*mine, *peer]):
+        return f"{median(peer, 'median_itl_ms') / median(mine, 'median_itl_ms'):.2f}x in median ITL"
+    return f"{median(mine, 'output_tok_s') / median(peer, 'output_tok_s'):.2f}x in tokens/s"
 
 
 def _plans(row: Row) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Point:
         concurrency: requests in flight at most; None: no limit.
         rows: writes the requests of a workload that bench_serving cannot generate.
         runs: how often it is run in a round of the benchmark.
+        times: what of its times means something: "tokens", "first token", or "none": answers come
+            whole, as RL frameworks ask for them.
     """
 
     workload: str
@@ -46,6 +48,7 @@ class Point:
     concurrency: int | None = None
     rows: Callable[[Any], list[str]] | None = None
     runs: int = 1
+    times: str = "tokens"
 
     @property
     def name(self) -> str:
@@ -66,7 +69,8 @@ class Point:
             options["request-rate"] = self.request_rate
         if self.concurrency is not None:
             options["max-concurrency"] = self.concurrency
-        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [*words, "--disable-stream"] if self.times == "none" else words
 
 
 def points(trace: Path) -> list[Point]:
@@ -76,12 +80,21 @@ def points(trace: Path) -> list[Point]:
         # The two of anchors.md.
         _shared_prefix("prefix-4x32-4k", groups=4, samples=32, system=4096),
         _shared_prefix("prefix-1x128-8k", groups=1, samples=128, system=8192),
-        # RL rollouts: samples of one prompt.
-        _shared_prefix("grpo-8x16", groups=8, samples=16, system=1024, question=8, output=512),
-        _shared_prefix("grpo-8x64", groups=8, samples=64, system=1024, question=8, output=128),
-        # Hardly more than the time to the first token, which varies with the order of arrivals.
-        _shared_prefix(
-            "burst-8x16", groups=8, samples=16, system=1024, question=8, output=8, runs=4
+        # RL rollouts: samples of one prompt. With hundreds of streams, what SGLang's frontend and
+        # bench_serving can print may be all that is measured; RL frameworks do not stream.
+        *(
+            replace(
+                _shared_prefix(f"{name}-8x{samples}", 8, samples, 1024, question=8, output=output),
+                times=times,
+            )
+            for name, times in (("grpo", "tokens"), ("rollout", "none"))
+            for samples, output in ((16, 512), (64, 128))
+        ),
+        # That time varies with the order of arrivals, so it is measured more often.
+        replace(
+            _shared_prefix("burst-8x16", 8, 16, 1024, question=8, output=8),
+            runs=4,
+            times="first token",
         ),
         # One system prompt at three loads.
         *(
@@ -136,7 +149,6 @@ def _shared_prefix(
     question: int = 128,
     output: int = 256,
     concurrency: int | None = None,
-    runs: int = 1,
 ) -> Point:
     options: dict[str, Option] = {
         "dataset-name": "generated-shared-prefix",
@@ -146,7 +158,7 @@ def _shared_prefix(
         "gsp-question-len": question,
         "gsp-output-len": output,
     }
-    return Point(name, options, concurrency=concurrency, runs=runs)
+    return Point(name, options, concurrency=concurrency)
 
 
 def _write_requests(path: Path, tokenizer: Path, rows: Callable[[Any], list[str]]) -> None:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import plot
 import workloads
+from bench_serving import step_ms
 from serving_report import losses, report, spread
 
 
@@ -97,6 +98,25 @@ def test_what_was_not_measured_is_said() -> None:
     assert "mean_tpot_ms 1" not in text and "median_itl_ms 10.00" in text
     slower = [row | {"median_itl_ms": 19.0} for row in partial if row["backend"] == "pat"]
     assert "asked 0.6" in report([*slower, *(r for r in partial if r["backend"] == "fa3")])
+
+
+def test_answers_that_come_whole_must_come_faster() -> None:
+    whole = [
+        {k: v for k, v in row.items() if not k.endswith("_ms")}
+        for row in [*rows("pat", 1.1), *rows("fa3", 1.0)]
+    ]
+    text = report(whole)
+    assert "0.91x in tokens/s" in text and "output_tok_s 0.909 of fa3's" in text
+    (faster,) = (row | {"output_tok_s": 8000.0} for row in whole if row["backend"] == "pat")
+    assert "2.00x in tokens/s; holds" in report([faster, whole[1]])
+
+
+def test_steps_of_the_servers_log() -> None:
+    line = "[now] Decode batch, #running-req: {}, #token: 9, gen throughput (token/s): {}, more\n"
+    log = line.format(64, 10.0) + line.format(64, 8000.0) + "Prefill batch, #running-req: 3\n"
+    assert step_ms(log) == pytest.approx(8.0)
+    assert step_ms(log + line.format(128, 12800.0)) == pytest.approx(9.0)
+    assert step_ms(line.format(64, 10.0)) is None
 
 
 def test_versions_are_not_mixed() -> None:
