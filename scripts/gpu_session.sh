@@ -20,13 +20,13 @@
 #                                                   bash scripts/gpu_session.sh unpack
 #        carry [".carry"]                           bash scripts/gpu_session.sh bench --budget-s 300
 #      likewise host (what a step costs outside the layers)
+#        carry [".carry"]                           bash scripts/gpu_session.sh load --backends pat,fa3
+#      load leaves $OUT/jit-cache.tgz, what SGLang compiled, unless it came along; in .carry/ it saves the next machine
+#      90 s of a first start
 #   3. the model: model.00 and model.01 as parts (with `part`), then
 #        carry [".carry"]                           bash scripts/gpu_session.sh unpack
 #        carry [".carry"]                           bash scripts/gpu_session.sh serving
 #                                                   bash scripts/gpu_session.sh features   (likewise)
-#        carry [".carry"]                           bash scripts/gpu_session.sh load --backends pat,fa3
-#      load leaves $OUT/jit-cache.tgz, what SGLang compiled, unless it came along; in .carry/ it saves the next machine
-#      90 s of a first start
 #
 # Whatever follows a subcommand goes to its Python script. Results land in results/ there and in $OUT,
 # which comes back: copy them to results/ here.
@@ -41,6 +41,8 @@ local_() {
   mkdir -p .carry
   cp "${PAT_TRACES:-../shared/traces}"/mooncake_conversation_trace.jsonl .carry/
   git rev-parse --short=12 HEAD > .carry/commit
+  mkdir -p .carry/tokenizer
+  cp "${PAT_TOKENIZER:-$HOME/.cache/pat_sglang/models/SmolLM2-135M-Instruct-float32}"/tokenizer*.json .carry/tokenizer/
   rm -rf .carry/site
   "$python" -m zipfile -e "$wheels"/apache_tvm_ffi-*.whl .carry/site
   CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} PAT_SGLANG_CACHE_DIR=$repo/.carry/jit nice "$python" - <<'P'
@@ -172,7 +174,7 @@ load() {
   environment load
   export SGLANG_FLASHINFER_USE_PAGED=1  # there is no fa3 module of FlashInfer here, see build_peers.sh
   local status=0
-  python3 scripts/bench_serving.py --tokenizer "$gpu/smollm2" --trace .carry/mooncake_conversation_trace.jsonl \
+  python3 scripts/bench_serving.py --tokenizer .carry/tokenizer --trace .carry/mooncake_conversation_trace.jsonl \
     "$@" 2>&1 | tee "$log" || status=$?
   if [ ! -e .carry/jit-cache.tgz ]; then
     (cd "$HOME" && ls -d .cache/tvm-ffi .cache/flashinfer .cache/sglang .triton 2>/dev/null) |
