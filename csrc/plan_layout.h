@@ -50,6 +50,7 @@ inline constexpr int32_t kHeaderFragments = 26;
 inline constexpr int32_t kHeaderSteps = 27;
 inline constexpr int32_t kHeaderChains = 28;  // items with fragments
 inline constexpr int32_t kHeaderOffReps = 29;
+inline constexpr int32_t kHeaderUnsharedTokens = 30;  // the sum of the rows' lengths
 
 // Item: int32 [items, kItemWords], items of one tile side by side, heaviest first.
 // All rows of an item read its shared run: the first run, then upwards. The rows of a chain then read

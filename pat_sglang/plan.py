@@ -73,20 +73,16 @@ class PlanStats:
         return self.planned_tokens * self.token_bytes
 
 
-def explain(words: Int32Array, unshared_tokens: int) -> str:
-    """The packed forest and the work items of a plan, as text.
-
-    Args:
-        words: of the plan, see layout.py.
-        unshared_tokens: sum of the planned lengths.
-    """
+def explain(words: Int32Array) -> str:
+    """The packed forest and the work items of a plan, as text; ``words``: see layout.py."""
     tables = PlanTables.parse(words)
     header = tables.header
     planned, chains = int(header[layout.H_PLANNED_TOKENS]), int(header[layout.H_CHAINS])
-    saved = 1 - planned / max(unshared_tokens, 1)
+    unshared = int(header[layout.H_UNSHARED_TOKENS])
+    saved = 1 - planned / max(unshared, 1)
     lines = [
-        f"{header[layout.H_ROWS]} rows: {unshared_tokens} KV tokens without sharing, "
-        f"{_unique_tokens(tables, unshared_tokens)} unique, {planned} read ({saved:.1%} saved)",
+        f"{header[layout.H_ROWS]} rows: {unshared} KV tokens without sharing, "
+        f"{_unique_tokens(tables)} unique, {planned} read ({saved:.1%} saved)",
         f"{len(tables.runs)} shared segments (position, length, parent):",
     ]
     lines += [
@@ -105,8 +101,8 @@ def explain(words: Int32Array, unshared_tokens: int) -> str:
     return "\n".join(lines)
 
 
-def _unique_tokens(tables: PlanTables, unshared_tokens: int) -> int:
-    private = unshared_tokens - int(tables.tails[:, 1].sum())
+def _unique_tokens(tables: PlanTables) -> int:
+    private = int(tables.header[layout.H_UNSHARED_TOKENS]) - int(tables.tails[:, 1].sum())
     return int(tables.runs[:, 1].sum()) + private
 
 
@@ -153,7 +149,6 @@ class DecodePlan:
         partial_lse: float32 ``[parts, q_heads]``, base 2 (CUDA only).
         host_words: the words of the current plan on the host, a view of the upload buffer.
         header: their header as a list, for those who ask every step.
-        unshared_tokens: sum of the planned lengths.
     """
 
     def __init__(self, layer: Layer, capacity: Capacity) -> None:
@@ -176,7 +171,6 @@ class DecodePlan:
         self.partial_lse = empty(parts, layer.num_q_heads, dtype=torch.float32)
         self.host_words = np.zeros(0, np.int32)
         self.header = [0] * layout.HEADER_WORDS
-        self.unshared_tokens = 0
         self.slots_compared = False
         self.plan_us = 0.0
         self._stats: PlanStats | None = None  # of the current plan, once somebody has asked
@@ -207,13 +201,13 @@ class DecodePlan:
         """The packed forest and the work items, as text."""
         if not self.host_words.size:
             return "no plan yet"
-        return explain(self.host_words, self.unshared_tokens)
+        return explain(self.host_words)
 
-    def renew(self, words: Int32Array, unshared_tokens: int, slots_compared: bool) -> None:
+    def renew(self, words: Int32Array, slots_compared: bool) -> None:
         """Takes over the host side of a new plan."""
         self.host_words = words
         self.header = words[: layout.HEADER_WORDS].tolist()
-        self.unshared_tokens, self.slots_compared = unshared_tokens, slots_compared
+        self.slots_compared = slots_compared
         self._stats = None
         self.version += 1
 
@@ -251,8 +245,8 @@ class DecodePlan:
         tables, header, layer = self.tables, self.header, self.layer
         return PlanStats(
             rows=header[layout.H_ROWS],
-            unique_tokens=_unique_tokens(tables, self.unshared_tokens),
-            unshared_tokens=self.unshared_tokens,
+            unique_tokens=_unique_tokens(tables),
+            unshared_tokens=header[layout.H_UNSHARED_TOKENS],
             planned_tokens=header[layout.H_PLANNED_TOKENS],
             token_bytes=2 * layer.num_kv_heads * layer.head_dim * layer.dtype.itemsize,
             items=_items_by_tile(tables),
@@ -453,7 +447,7 @@ class DecodePlanner:
         if not self.transfer.upload(turn, seq_lens, req_to_token, req_pool_indices):
             _count_copied()
         plan = self._plan
-        plan.renew(words[:count], int(np.add.reduce(lens)), slots_compared)
+        plan.renew(words[:count], slots_compared)
         self._turn = turn  # a batch that was refused leaves the current plan's words alone
         self._tensors = (seq_lens, req_to_token, req_pool_indices)
         self._planned_lens = lens

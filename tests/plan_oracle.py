@@ -36,7 +36,7 @@ def split_tables(words: np.ndarray) -> dict[str, list[list[int]]]:
     """The tables of a plan; asserts that they lie one after the other, padded with zeros."""
     header = words[:32].tolist()
     assert header[layout.H_WORDS] == words.size
-    assert header[30:] == [0, 0]
+    assert header[31:] == [0]
     rows = {
         "ITEMS": sum(header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + len(TILE_ROWS)]),
         "FRAGMENTS": header[layout.H_FRAGMENTS],
@@ -234,6 +234,7 @@ def check_plan(
         least = most or least
     tokens = sum(read.names.size for reads in planned for read in reads)
     assert tokens == header[layout.H_PLANNED_TOKENS]
+    assert sum(batch.host_lens) == header[layout.H_UNSHARED_TOKENS]
 
 
 class Load(NamedTuple):

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Launches of kernels that may start early.
+// How kernels are launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,8 +10,8 @@ enum class Start {
   kInOrder,  // when the kernel before it in the stream has ended
   // On Hopper already when the blocks of that kernel have ended or let it (ptx::launch_dependents), as its
   // programmatic dependent. Every block must then wait for it itself (ptx::wait_for_previous_kernel)
-  // before it touches what that kernel reads or writes, and before it ends: the next kernel of the
-  // stream waits for this one only.
+  // before it reads what that kernel writes or writes what that one uses, and before it ends: the
+  // next kernel of the stream waits for this one only.
   kEarly,
 };
 

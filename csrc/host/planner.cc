@@ -2,6 +2,7 @@
 #include "planner.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -209,6 +210,8 @@ int64_t Planner::plan(const Batch& batch, int32_t* out, int64_t out_words) {
   out[kHeaderSharing] = packing.sharing;
   out[kHeaderCoarsened] = packing.coarsened;
   out[kHeaderSplits] = static_cast<int32_t>(counts.splits);
+  const int64_t unshared = std::accumulate(tree_.lens(), tree_.lens() + num_rows, int64_t{0});
+  out[kHeaderUnsharedTokens] = static_cast<int32_t>(std::min(unshared, kWordMax));
   out[kHeaderPlannedTokens] = static_cast<int32_t>(std::min(writer_.planned_tokens(), kWordMax));
   out[kHeaderSharedPacks] = packing.num_shared;
   out[kHeaderPredictedNs] = static_cast<int32_t>(std::min(packing.predicted_ps / 1000, kWordMax));

@@ -26,7 +26,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from pat_sglang._types import Int32Array
 from pat_sglang.decode import pat_decode
-from pat_sglang.layout import H_PLANNED_TOKENS, H_RUNS, H_SHARED_PACKS, H_SHARING
+from pat_sglang.layout import H_PLANNED_TOKENS, H_RUNS, H_SHARED_PACKS, H_SHARING, H_UNSHARED_TOKENS
 from pat_sglang.metrics import METRICS
 
 from . import compat, eligibility
@@ -41,7 +41,6 @@ class BestPlan(NamedTuple):
     """The plan that saved the most KV tokens so far, to explain."""
 
     tokens_saved: int
-    unshared_tokens: int
     words: Int32Array
 
 
@@ -284,7 +283,7 @@ class PatMixin(AttentionBackend):
         plan = next(iter(self._pat.plans.values()))
         METRICS.count("shared_segments", plan.header[H_SHARED_PACKS])
         METRICS.count("planned_kv_tokens", plan.header[H_PLANNED_TOKENS])
-        METRICS.count("unshared_kv_tokens", plan.unshared_tokens)
+        METRICS.count("unshared_kv_tokens", plan.header[H_UNSHARED_TOKENS])
         if not kept:
             self._pat_count_new(plan)
 
@@ -292,6 +291,6 @@ class PatMixin(AttentionBackend):
         METRICS.count("slots_compared", int(plan.slots_compared))
         METRICS.count("plans_unshared", int(plan.header[H_RUNS] > 0 and not plan.header[H_SHARING]))
         best = self._pat.best
-        saved = plan.unshared_tokens - plan.header[H_PLANNED_TOKENS]
+        saved = plan.header[H_UNSHARED_TOKENS] - plan.header[H_PLANNED_TOKENS]
         if best is None or saved > best.tokens_saved:
-            self._pat.best = BestPlan(saved, plan.unshared_tokens, plan.host_words.copy())
+            self._pat.best = BestPlan(saved, plan.host_words.copy())

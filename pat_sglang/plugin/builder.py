@@ -136,7 +136,7 @@ def on_internal_state(result: Any, *args: Any, **kwargs: Any) -> None:
     block = {"version": pat_sglang.__version__, **METRICS.as_dict()}
     best = _live[-1].best if _live else None
     if best is not None:
-        block["best_plan"] = explain(best.words, best.unshared_tokens)
+        block["best_plan"] = explain(best.words)
     result.internal_state["pat"] = block
 
 
