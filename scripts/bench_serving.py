@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +111,17 @@ def backend_of(name: str) -> tuple[str, int]:
 
 
 def step_ms(log: str) -> float | None:
-    """Median milliseconds of a decode step by the server's own log, prefills between them included.
+    """Median milliseconds of a decode step by the server's own log, prefills and pauses included.
 
-    What the GPU and the scheduler take, whoever has to print the tokens. The first line is left
-    out: it counts from before the run. None: there are no others.
+    What the GPU and the scheduler take, whoever has to print the tokens. A line has the tokens a
+    second since the one before it, but the requests of its last step. The first line is left out:
+    it counts from before the run. None: there are no others.
     """
-    lines = re.findall(
-        r"Decode batch.*#running-req: (\d+).*gen throughput \(token/s\): ([\d.]+)", log
-    )
-    steps = [1e3 * int(rows) / float(rate) for rows, rate in lines[1:] if float(rate) > 0]
+    line = r"Decode batch.*#running-req: (\d+).*gen throughput \(token/s\): ([\d.]+)"
+    lines = [(int(rows), float(rate)) for rows, rate in re.findall(line, log)]
+    steps = [
+        1e3 * (before + rows) / 2 / rate for (before, _), (rows, rate) in pairwise(lines) if rate
+    ]
     return statistics.median(steps) if steps else None
 
 
@@ -250,6 +253,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                     "shared": point.shared,
                     "request_rate": point.request_rate,
                     "concurrency": point.concurrency,
+                    "times": point.times,
                     "backend": server.name,
                     "round": number,
                     **server.measure(point, tokenizer),
