@@ -80,8 +80,7 @@ def points(trace: Path) -> list[Point]:
         # The two of anchors.md.
         _shared_prefix("prefix-4x32-4k", groups=4, samples=32, system=4096),
         _shared_prefix("prefix-1x128-8k", groups=1, samples=128, system=8192),
-        # RL rollouts: samples of one prompt. With hundreds of streams, what SGLang's frontend and
-        # bench_serving can print may be all that is measured; RL frameworks do not stream.
+        # RL rollouts: samples of one prompt; streamed, and whole as RL frameworks ask for them.
         *(
             replace(
                 _shared_prefix(f"{name}-8x{samples}", 8, samples, 1024, question=8, output=output),
