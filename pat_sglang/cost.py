@@ -102,8 +102,8 @@ class CostModel:
         ]
 
 
-# Searched again at b3af59d, the loads having got faster: 45 s of `doctor --calibrate`, 56 batches at
-# four head layouts, found nothing better.
+# Searched again at b3af59d, the loads having got faster: 45 s of `doctor --calibrate` over 56
+# batches at four head layouts found nothing better.
 H100 = CostModel(
     num_sms=132,
     item_ps=(1_600_000, 7_500_000, 4_000_000),
