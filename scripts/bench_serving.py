@@ -161,7 +161,7 @@ class Contender(Server):
         command += ["--output-file", str(output), *point.arguments(tokenizer, self.folder)]
         self.flush()  # bench_serving's own --flush-cache fails when its warm-up is not quite gone
         before = self.pat_state()
-        told = len(self.log.read_text(errors="replace"))
+        told = self.log.stat().st_size
         sys.argv = ["bench_serving", *command]
         log = self.log.with_suffix(".bench.log")
         with log.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -179,7 +179,7 @@ class Contender(Server):
         row = {name: result[name] for name in (*KEPT, *KEPT_TIMES[point.times])}
         row["silent"] = silent
         row["output_tok_s"] = result["output_throughput"]
-        row["server_step_ms"] = step_ms(self.log.read_text(errors="replace")[told:])
+        row["server_step_ms"] = step_ms(self.log.read_bytes()[told:].decode(errors="replace"))
         if self.with_pat:
             if not after.get("active"):
                 raise RuntimeError(f"{self.name}: PAT is not active: {after.get('declined')}")

@@ -89,7 +89,7 @@ def points(trace: Path) -> list[Point]:
             for name, times in (("grpo", "tokens"), ("rollout", "none"))
             for samples, output in ((16, 512), (64, 128))
         ),
-        # That time varies with the order of arrivals, so it is measured more often.
+        # The time to the first token varies with the order of arrivals: measured more often.
         replace(
             _shared_prefix("burst-8x16", 8, 16, 1024, question=8, output=8),
             runs=4,
