@@ -166,7 +166,7 @@ class ItemAttention {
     const char* from = static_cast<const char*>(is_v ? params_.v_cache : params_.k_cache) + column_;
     const uint32_t slot_stride = is_v ? params_.v_slot_stride : params_.k_slot_stride;
     const int lane = ptx::opaque(lane_);
-    const uint32_t to = slice_address(stage) + swizzled(lane / kRowChunks, lane % kRowChunks);
+    const uint32_t to = slice_address(stage) + copied_first(lane);
     const int4* slots = reinterpret_cast<const int4*>(mailbox_.slots[lane / kRowChunks]);
 #pragma unroll
     for (int four = 0; four < kCopyPasses; four += 4) {

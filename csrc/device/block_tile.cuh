@@ -50,10 +50,11 @@ class SharedRun {
       // NOTE: all that is in flight has ended with the body. Were it not, or were accumulators
       // written between the first MMA and the wait, ptxas would make every MMA wait for the one
       // before (C7514, C7515).
-      uint64_t k, v;
+      uint32_t k, v;
       ring.await_both(k, v);
       issue_scores(k);
       issue_output(v);
+      if (left > kBlockRows) ring.look_ahead();
       wgmma::wait<1>();
       ring.release_k();
       const bool moved = probabilities_of(left, rescale);
@@ -70,19 +71,19 @@ class SharedRun {
   }
 
  private:
-  __device__ __forceinline__ void issue_scores(uint64_t k) {
+  __device__ __forceinline__ void issue_scores(uint32_t k) {
     wgmma::pin(scores_);
     wgmma::fence();
 #pragma unroll
     for (int i = 0; i < kDepthSteps; ++i) {
       // 16 columns of d are 32 bytes of a panel row.
-      const uint64_t offset = wgmma::offset(i / 4 * kPanelBytes + i % 4 * 32);
+      const uint32_t offset = wgmma::offset(i / 4 * kPanelBytes + i % 4 * 32);
       wgmma::mma_scores(scores_, q_.of_step[i], k + offset, i > 0);
     }
     wgmma::commit();
   }
 
-  __device__ __forceinline__ void issue_output(uint64_t v) {
+  __device__ __forceinline__ void issue_output(uint32_t v) {
     wgmma::pin(rows_.out);
     wgmma::fence();
 #pragma unroll

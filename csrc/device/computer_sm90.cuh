@@ -39,7 +39,7 @@ class Computer {
         tables_(tables),
         warp_(threadIdx.x / 32 % kWarps),
         lane_(threadIdx.x % 32),
-        half_(threadIdx.x / kHalfThreads % kHalves),
+        half_(ptx::uniform(threadIdx.x / kHalfThreads % kHalves)),
         shared_(shared),
         mine_(shared, half_),
         pair_(mine_, warp_) {}
@@ -91,7 +91,8 @@ class Computer {
 
   __device__ __forceinline__ void shared_run(const QueryFragment& q, int32_t tokens, bool both,
                                              RowBlock& rows) {
-    EntryRing ring(*this, both);
+    tokens = ptx::uniform(tokens);
+    EntryRing ring(*this, ptx::uniform(both ? 1 : 0));
     SharedRun(q, rows, params_.scale_log2).run(tokens, ring);
     // Behind the entries that this half brought.
     const int32_t tiles = (tokens + kBlockRows - 1) / kBlockRows;
@@ -126,67 +127,105 @@ class Computer {
   __device__ uint32_t slice_address() const { return mine_.entry(stage_) + warp_ * kSliceBytes; }
 
   /// The entries of a shared run in the order of the tiles: K at even stages, V at odd ones, of this
-  /// half or of both in turn. What was awaited last is what is released.
+  /// half or of both in turn.
+  /// NOTE: all of it is the same for the whole warpgroup and comes from uniform(): addresses and
+  /// descriptors stay in uniform registers, where WGMMA wants them.
   class EntryRing {
    public:
-    __device__ EntryRing(Computer& computer, bool both)
+    __device__ EntryRing(Computer& computer, uint32_t both)
         : computer_(computer),
           both_(both),
-          last_place_(kStages / 2 * (both ? 2 : 1) - 1),
-          k_(last_place_),
-          v_(last_place_) {}
+          shared_(both ? computer.shared_ : computer.mine_.q()),
+          first_bit_(both ? 0 : computer.half_ * kStages),
+          places_(kStages / 2 << both) {}
 
-    /// Waits for the next K, the next V or both and gives their descriptors.
+    /// Waits for the first K, the last V, or a K and the V before it, and gives their descriptors.
     /// NOTE: one fence for both: it waits until the thread has no memory access in flight.
-    __device__ uint64_t await_k() {
+    __device__ uint32_t await_k() {
+      k_ = advance();
       await(k_, 0);
       ptx::fence_proxy_async();  // WGMMA reads what cp.async wrote
       return descriptor(k_, 0);
     }
-    __device__ uint64_t await_v() {
+    __device__ uint32_t await_v() {
+      v_ = k_;
       await(v_, 1);
       ptx::fence_proxy_async();
       return descriptor(v_, 1);
     }
-    __device__ void await_both(uint64_t& k, uint64_t& v) {
-      await(k_, 0);
-      await(v_, 1);
-      ptx::fence_proxy_async();
+    __device__ void await_both(uint32_t& k, uint32_t& v) {
+      v_ = k_;
+      k_ = advance();
+      if (!seen_) {
+        ptx::barrier_wait(full(k_, 0), parity(k_, 0));
+        ptx::barrier_wait(full(v_, 1), parity(v_, 1));
+        ptx::fence_proxy_async();
+      }
+      seen_ = false;
+      computer_.entries_.advance(k_.bit);
+      computer_.entries_.advance(v_.bit + 1);
       k = descriptor(k_, 0);
       v = descriptor(v_, 1);
     }
+    /// Sees whether what await_both() waits for next is there already, while the tensor cores are busy:
+    /// barriers and fence take longer than a third of their work.
+    __device__ void look_ahead() {
+      const Place next = place(next_);
+      const bool has_k = ptx::barrier_is_over(full(next, 0), parity(next, 0));
+      const bool has_v = ptx::barrier_is_over(full(k_, 1), parity(k_, 1));
+      seen_ = __all_sync(0xffffffffu, has_k && has_v);
+      if (seen_) ptx::fence_proxy_async();
+    }
+    /// Of what was awaited last.
     __device__ void release_k() const { release(k_, 0); }
     __device__ void release_v() const { release(v_, 1); }
 
    private:
-    __device__ int half_of(int place) const { return both_ ? place % 2 : computer_.half_; }
-    __device__ int stage_of(int place) const { return both_ ? (place & ~1) : place * 2; }
+    /// Of a K and its V.
+    struct Place {
+      uint32_t base;   // of the half's shared memory
+      uint32_t stage;  // K's, V's is the next
+      uint32_t bit;    // of K's barrier in `entries_`, V's is the next
+    };
 
-    __device__ void await(int& place, int is_v) {
-      place = place == last_place_ ? 0 : place + 1;
-      const Half half(computer_.shared_, half_of(place));
-      const int stage = stage_of(place) + is_v, of_both = half_of(place) * kStages + stage;
-      ptx::barrier_wait(half.entry_full(stage), computer_.entries_.of(of_both));
-      computer_.entries_.advance(of_both);
+    /// With both halves, even indices are the first's.
+    __device__ Place place(uint32_t index) const {
+      const uint32_t half = index & both_, stage = (index >> both_) * 2;
+      return {shared_ + half * kHalfBytes, stage, first_bit_ + half * kStages + stage};
     }
-    __device__ uint64_t descriptor(int place, int is_v) const {
-      const Half half(computer_.shared_, half_of(place));
-      return wgmma::descriptor(half.entry(stage_of(place) + is_v));
+    __device__ Place advance() {
+      const Place found = place(next_);
+      next_ = next_ + 1 == places_ ? 0 : next_ + 1;
+      return found;
     }
-    __device__ void release(int place, int is_v) const {
+    __device__ static uint32_t full(const Place& place, int is_v) {
+      return Half(place.base, 0).entry_full(place.stage + is_v);
+    }
+    __device__ uint32_t parity(const Place& place, int is_v) const {
+      return computer_.entries_.of(place.bit + is_v);
+    }
+    __device__ void await(const Place& place, int is_v) {
+      ptx::barrier_wait(full(place, is_v), parity(place, is_v));
+      computer_.entries_.advance(place.bit + is_v);
+    }
+    __device__ uint32_t descriptor(const Place& place, int is_v) const {
+      return wgmma::descriptor(Half(place.base, 0).entry(place.stage + is_v));
+    }
+    __device__ void release(const Place& place, int is_v) const {
       __syncwarp();
-      if (computer_.lane_ == 0) {
-        const Half half(computer_.shared_, half_of(place));
-        ptx::barrier_arrive(half.entry_empty(stage_of(place) + is_v),
-                            kReaders / kWarps / (both_ ? 2 : 1));
-      }
+      ptx::barrier_arrive_if(computer_.lane_ == 0,
+                             Half(place.base, 0).entry_empty(place.stage + is_v),
+                             kReaders / kWarps >> both_);
     }
 
     Computer& computer_;
-    const bool both_;
-    const int last_place_;  // of a tile
-    int k_, v_;
+    const uint32_t both_;  // 0 or 1
+    const uint32_t shared_, first_bit_, places_;
+    uint32_t next_ = 0;  // index of the next K's place
+    bool seen_ = false;  // that K, and the V of the last one
+    Place k_, v_;        // awaited last
   };
+  static_assert(kHalves == 2, "kReaders / kWarps >> both_");
 
   __device__ __forceinline__ void await_slice() {
     ptx::barrier_wait(pair_.slice_full(stage_), slices_.of(stage_));

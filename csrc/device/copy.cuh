@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // 16 rows of Q, K or V to shared memory by one warp, kRowsPerLoad rows a pass: lane l brings chunk
-// l % kRowChunks of row l / kRowChunks of a pass.
+// l % kRowChunks of one of them.
 #pragma once
 
 #include "item.cuh"
@@ -12,16 +12,21 @@ static_assert(kSliceTokens == kMapTokens && kPanelRowBytes == 2 * kMapElements,
               "boxes of the maps");
 static_assert(kSliceTokens == kFragmentRows, "tokens of a slice and rows of a fragment, alike");
 
-/// Row of the 16 that a lane brings in a pass.
+/// Row of the 16 that a lane brings in a pass: its first one and those that follow.
 __device__ __forceinline__ int copied_row(int lane, int pass) {
-  return pass * kRowsPerLoad + lane / kRowChunks;
+  return lane / kRowChunks * kCopyPasses + pass;
 }
 
-/// Where a lane puts it, from its address of the first pass. Rows advance by 2 or 4 from one below, so
-/// the swizzle's row bits advance by XOR.
+/// Where a lane puts it, from its address of the first pass, whose row is a multiple of kCopyPasses: the
+/// swizzle's row bits advance by XOR.
 __device__ __forceinline__ uint32_t copied_to(uint32_t address, int pass) {
-  const int rows = pass * kRowsPerLoad;
-  return (address ^ ((rows & 7) << 4)) + rows * kPanelRowBytes;
+  return (address ^ pass << 4) + pass * kPanelRowBytes;
+}
+static_assert(kCopyPasses == 4 || kCopyPasses == 8, "of the swizzle's three row bits");
+
+/// Offset within an entry of the chunk that a lane brings in the first pass.
+__device__ __forceinline__ uint32_t copied_first(int lane) {
+  return swizzled(copied_row(lane, 0), lane % kRowChunks);
 }
 
 /// Query rows of an item on their way to shared memory, 16 of them by one warp; rows that do not exist
@@ -43,7 +48,7 @@ class QueryRows {
   __device__ void issue(const DecodeParams& params, uint32_t to) const {
     const int lane = threadIdx.x % 32;
     const Element* q = static_cast<const Element*>(params.q) + lane % kRowChunks * 8;
-    const uint32_t lane_address = to + swizzled(lane / kRowChunks, lane % kRowChunks);
+    const uint32_t lane_address = to + copied_first(lane);
 #pragma unroll
     for (int pass = 0; pass < kCopyPasses; ++pass) {
       const int row = copied_row(lane, pass);

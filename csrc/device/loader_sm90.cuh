@@ -16,13 +16,14 @@ class Loader {
   __device__ Loader(const DecodeParams& params, const Tables& tables, uint32_t shared)
       : params_(params),
         tables_(tables),
-        warp_(threadIdx.x / 32 % kWarps),
+        warp_(ptx::uniform(threadIdx.x / 32 % kWarps)),
         lane_(threadIdx.x % 32),
-        half_(threadIdx.x / kHalfThreads % kHalves),
+        half_(ptx::uniform(threadIdx.x / kHalfThreads % kHalves)),
         first_half_(shared, 0),
         mine_(shared, half_),
         pair_(mine_, warp_),
-        lane_offset_(warp_ * kSliceBytes + swizzled(lane_ / kRowChunks, lane_ % kRowChunks)) {}
+        slots_(shared + kSlotsOffset + (half_ * kWarps + warp_) * kSliceTokens * 4),
+        lane_offset_(warp_ * kSliceBytes + copied_first(lane_)) {}
 
   /// Loads pieces until none is left.
   /// NOTE: what is known of a tile is computed for every piece anew, from L1: registers are scarcer.
@@ -39,7 +40,7 @@ class Loader {
         piece = draw(work, turn & 1);
       }
       if (piece < work.pieces) {
-        load(work.tile, piece);
+        load(ptx::uniform(work.tile), ptx::uniform(piece));
         turn = turn == 2 ? 1 : turn + 1;
       } else {
         ++i;
@@ -78,9 +79,9 @@ class Loader {
     Item item = item_of(tile, piece);
     const int32_t kv_head = piece % params_.num_kv_heads;
     // All that the first loads of K and Q wait for is asked for at once.
-    const int32_t my_token = first_token(tile) + lane_;
-    const int32_t early_slot = lane_ < kSliceTokens && my_token < item.first_length
-                                   ? __ldg(params_.slots + item.first_slot + my_token)
+    const int32_t early_token = first_token(tile) + lane_;
+    const int32_t early_slot = lane_ < kSliceTokens && early_token < item.first_length
+                                   ? __ldg(params_.slots + item.first_slot + early_token)
                                    : 0;
     const QueryRows query_rows(params_, tables_, item, first_row(tile, half_, warp_), kv_head);
     item.clip(params_.live_lens);
@@ -124,7 +125,7 @@ class Loader {
     const bool narrow = is_narrow(tile);
     if (!narrow) stage_ = 0;
     const int32_t stride = is_joint(tile) ? kHalves * kBlockRows : kBlockRows;
-    const int32_t tokens = item.tokens();
+    const int32_t tokens = ptx::uniform(item.tokens());
     SlotWalk walk(item);
     const auto fetch = [&](int32_t first) {
       return lane_ < kSliceTokens && first + lane_ < tokens
@@ -149,14 +150,16 @@ class Loader {
     Item item = item_of(tile, piece);
     item.clip(params_.live_lens);
     const int32_t first = first_row(tile, half_, warp_);
-    if (first >= item.query_rows) return;
-    const int2 fragment = tables_.fragment(item.first_fragment + first / kFragmentRows);
+    if (first >= ptx::uniform(item.query_rows)) return;
+    int2 fragment = tables_.fragment(item.first_fragment + first / kFragmentRows);
+    fragment.y = ptx::uniform(fragment.y);
     // A stream's next slice, from the start of a step. Slices of a narrow item are dealt in turn,
     // without a break from the shared run to the last step.
     int32_t offset = 0, stride = kSliceTokens;
     if (is_narrow(tile)) {
       stride = kBlockRows;
-      offset = (warp_ * kSliceTokens - whole_slices(item.tokens())) & (kBlockRows - 1);
+      offset =
+          (warp_ * kSliceTokens - whole_slices(ptx::uniform(item.tokens()))) & (kBlockRows - 1);
     }
     for (int32_t batch = 0; batch < fragment.y; batch += 32) {
       const int32_t count = min(fragment.y - batch, 32);
@@ -249,8 +252,11 @@ class Loader {
       copy_slice(params_.v_map, use, first, word);
       return;
     }
-    gather_slice(params_.k_cache, params_.k_slot_stride, use, slot, word);
-    gather_slice(params_.v_cache, params_.v_slot_stride, use, slot, word);
+    __syncwarp();  // all lanes have read those of the slice before
+    if (lane_ < kSliceTokens) ptx::store_shared(slots_ + lane_ * 4, slot);
+    __syncwarp();
+    gather_slice(params_.k_cache, params_.k_slot_stride, use, word);
+    gather_slice(params_.v_cache, params_.v_slot_stride, use, word);
   }
 
   /// 16 slots side by side, by the copy engine.
@@ -274,23 +280,26 @@ class Loader {
 
   /// 16 slots wherever they are.
   __device__ __forceinline__ void gather_slice(const void* cache, uint32_t slot_stride, Use use,
-                                               int32_t slot, int32_t word) {
+                                               int32_t word) {
     await_empty();
-    const char* from = static_cast<const char*>(cache) + column_;
+    const char* from = ptx::opaque(static_cast<const char*>(cache) + column_);
     const uint32_t to = mine_.entry(stage_) + lane_offset_;
-    const int32_t valid = Slice::valid(word);
-    // Two at once, in registers of their own: a copy keeps its address until the load unit has read it.
-#pragma unroll 1
-    for (int pass = 0; pass < kCopyPasses; pass += 2) {
-      const char* address[2];
+    const uint32_t slots = slots_ + copied_row(lane_, 0) * 4;
+    if (Slice::valid(word) == kSliceTokens) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int32_t of_row = __shfl_sync(0xffffffffu, slot, copied_row(lane_, pass + i));
-        address[i] = ptx::multiply_add(of_row, slot_stride, from);
+      for (int four = 0; four < kCopyPasses; four += 4) {
+        const uint4 slot = ptx::load_shared_x4(slots + four * 4);
+        ptx::cp_async_16(copied_to(to, four), from + uint64_t{slot.x} * slot_stride);
+        ptx::cp_async_16(copied_to(to, four + 1), from + uint64_t{slot.y} * slot_stride);
+        ptx::cp_async_16(copied_to(to, four + 2), from + uint64_t{slot.z} * slot_stride);
+        ptx::cp_async_16(copied_to(to, four + 3), from + uint64_t{slot.w} * slot_stride);
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {  // tokens that do not exist become zeros
-        ptx::cp_async_16(copied_to(to, pass + i), address[i], copied_row(lane_, pass + i) < valid);
+    } else {  // tokens that do not exist become zeros
+#pragma unroll 1
+      for (int pass = 0; pass < kCopyPasses; ++pass) {
+        const uint32_t slot = ptx::load_shared(slots + pass * 4);
+        ptx::cp_async_16(copied_to(to, pass), from + uint64_t{slot} * slot_stride,
+                         copied_row(lane_, pass) < Slice::valid(word));
       }
     }
     arrive_slice(use, word);
@@ -301,6 +310,7 @@ class Loader {
   const int warp_, lane_, half_;
   const Half first_half_, mine_;
   const Pair pair_;
+  const uint32_t slots_;        // where this warp keeps those of the slice at hand
   const uint32_t lane_offset_;  // of this lane's first chunk within an entry
   int stage_ = 0;
   uint32_t entries_ = 0;  // stages whose last use was an entry

@@ -70,7 +70,9 @@ struct HalfShared {
 };
 inline constexpr int kHalfSharedOffset = (kStages + 1) * kEntryBytes;
 static_assert(kHalfSharedOffset + sizeof(HalfShared) <= kHalfBytes);
-inline constexpr int kSharedBytes = kHalves * kHalfBytes;
+// Behind both halves: the 16 slots at hand of each loading warp.
+inline constexpr int kSlotsOffset = kHalves * kHalfBytes;
+inline constexpr int kSharedBytes = kSlotsOffset + kHalves * kWarps * kSliceTokens * 4;
 static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
 static_assert(kHalfBytes % 1024 == 0, "WGMMA's swizzle repeats every 1024 bytes");
 

@@ -18,6 +18,14 @@ __device__ __forceinline__ int32_t load_shared(uint32_t address) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
+__device__ __forceinline__ uint4 load_shared_x4(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
 __device__ __forceinline__ void store_shared(uint32_t address, int32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -76,12 +84,23 @@ __device__ __forceinline__ void store_shared_f2(uint32_t address, float2 v) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 
-/// 16 bytes from global to shared memory, past L1; zeros when not `valid` (nothing is read then).
+/// 16 bytes from global to shared memory, past L1.
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
+               : "memory");
+}
+/// The same, or zeros when not `valid` (nothing is read then).
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(bytes)
                : "memory");
+}
+
+/// The same address, opaque to the compiler: its parts are added once, not to every offset from it.
+__device__ __forceinline__ const char* opaque(const char* address) {
+  asm volatile("" : "+l"(address));
+  return address;
 }
 
 /// base + a b, in one instruction.
@@ -172,6 +191,10 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+/// Lane 0's value, known to the compiler to be the same in all lanes: what follows from it needs one
+/// register a warp.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 /// The same value, opaque to the compiler: what is computed from it is computed here, not hoisted out
 /// of a loop into registers that are then spilled.
 __device__ __forceinline__ int opaque(int value) {
@@ -204,6 +227,13 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int32_t count) 
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
                : "memory");
 }
+__device__ __forceinline__ void barrier_arrive_if(bool condition, uint32_t barrier, int32_t count) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+      "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;\n}\n" ::"r"(barrier),
+      "r"(count), "r"(static_cast<int>(condition))
+      : "memory");
+}
 /// One arrival; the phase is not over before `bytes` more have come by copy_tile().
 __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
@@ -222,6 +252,18 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const void* map, int32_t 
 /// An arrival of this thread once all its cp.async so far have completed.
 __device__ __forceinline__ void barrier_arrive_after_cp_async(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+/// Whether the phase of this parity has completed, without waiting.
+__device__ __forceinline__ bool barrier_is_over(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}\n"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return over != 0;
 }
 /// Waits until the phase of this parity has completed.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {

@@ -45,7 +45,7 @@ class Stream {
   __device__ __forceinline__ void advance() {
     __syncwarp();
     if (lane_ < kSliceTokens) {
-      staged_[lane_ % kRowsPerLoad][lane_ / kRowsPerLoad] = next_slot_;
+      staged_[lane_ / kCopyPasses][lane_ % kCopyPasses] = next_slot_;
     }
     __syncwarp();
     slice_ = next_slice_;
