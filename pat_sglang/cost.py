@@ -102,21 +102,19 @@ class CostModel:
         ]
 
 
-# Searched again at b3af59d, the loads having got faster: 45 s of `doctor --calibrate` over 56
-# batches at four head layouts found nothing better.
 H100 = CostModel(
     num_sms=132,
-    item_ps=(1_600_000, 7_500_000, 4_000_000),
-    token_ps=(22_500, 13_500, 13_500),
-    reread_ps=(19_200, 7_800, 18_000),
-    solo_item_ps=(2_000_000, 1_600_000, 6_500_000),
-    solo_token_ps=(36_000, 34_560, 26_560),
-    private_token_ps=25_600,
-    part_ps=48_000,
-    step_ps=242_000,
-    provenance="H100 SXM 80 GB, 2026-11-22: bandwidth and tile rates measured, then random descent "
-    "on measured time over 18 trees, 9 unshared batches and 9 random forests at five head layouts; "
-    "the solo times are those of items that share their SM with others",
+    item_ps=(1_500_000, 7_000_000, 3_900_000),
+    token_ps=(22_800, 12_400, 16_000),
+    reread_ps=(14_800, 7_000, 17_600),
+    solo_item_ps=(2_450_000, 2_050_000, 6_250_000),
+    solo_token_ps=(33_000, 31_500, 26_000),
+    private_token_ps=27_200,
+    part_ps=48_700,
+    step_ps=271_000,
+    provenance="H100 SXM 80 GB, 2026-11-22: 10,000 plans of 18 trees, 9 unshared batches and 9 "
+    "random forests at five head layouts timed, then random descent on those times; the solo times "
+    "are those of items that share their SM with others",
 )
 H200 = CostModel(
     num_sms=132,
