@@ -32,5 +32,9 @@ def test_a_replay_writes_nobody_elses_memory():
     others = [
         torch.zeros(rows, 8, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(64)
     ]
-    assert timed.measure(torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")) > 0
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    us = timed.measure(flush)
+    assert us > 0
     assert not any(other.any() for other in others)
+    assert timed.measure(flush) == us  # the same plan is not timed again
+    assert len(timed.us_of_plan) == 1
