@@ -7,6 +7,8 @@ SGLang's scheduler is one process per rank and its hot path is one thread, so no
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 # Every counter there is. "by reason" counters are a dict reason -> count.
 COUNTERS = {
@@ -30,19 +32,49 @@ COUNTERS_BY_REASON = {
 }
 
 
+@dataclass(eq=False)
+class Repeated:
+    """Steps that all add the same: most are like the one before, and are only counted."""
+
+    step: Mapping[str, int]
+    no_sharing: str | None
+    times: int = 0  # not added yet
+
+
 class Metrics:
     """Counts and gauges by name."""
 
     def __init__(self) -> None:
+        self._repeated: list[Repeated] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything (tests)."""
+        """Forget everything counted so far (tests)."""
+        for kind in self._repeated:
+            kind.times = 0
         self._counts: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         self._reasons: dict[str, dict[str, int]] = {
             name: defaultdict(int) for name in COUNTERS_BY_REASON
         }
         self._gauges: dict[str, float | int | str] = {}
+
+    def repeat(
+        self, step: Mapping[str, int], no_sharing: str | None, instead_of: Repeated | None
+    ) -> Repeated:
+        """What later steps of a kind add: to COUNTERS, and to no_sharing if there is a reason."""
+        if instead_of is not None:
+            self._settle()
+            self._repeated.remove(instead_of)
+        self._repeated.append(Repeated(step, no_sharing))
+        return self._repeated[-1]
+
+    def _settle(self) -> None:
+        for kind in self._repeated:
+            times, kind.times = kind.times, 0
+            for name, by in kind.step.items():
+                self._counts[name] += times * by
+            if kind.no_sharing is not None and times:
+                self._reasons["no_sharing"][kind.no_sharing] += times
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter of COUNTERS."""
@@ -58,12 +90,14 @@ class Metrics:
 
     def get(self, name: str) -> int:
         """Total of a counter of either kind."""
+        self._settle()
         if name in self._counts:
             return self._counts[name]
         return sum(self._reasons[name].values())
 
     def as_dict(self) -> dict[str, object]:
         """Everything, in builtins that any serialiser takes."""
+        self._settle()
         reasons = {name: dict(counts) for name, counts in self._reasons.items()}
         return {**self._counts, **reasons, **self._gauges}
 

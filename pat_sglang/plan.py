@@ -377,7 +377,7 @@ class DecodePlanner:
             on_cpu = CpuTransfer(plan, self._ring)
             self.transfer = Transfer(on_cpu.acquire, on_cpu.upload, on_cpu.append)
         self._warned = False
-        self._planned_lens = np.zeros(0, np.int32)
+        self._planned_lens = np.zeros(0, np.int64)
         self._steps = 0
         self._tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
@@ -450,7 +450,7 @@ class DecodePlanner:
         plan.renew(words[:count], slots_compared)
         self._turn = turn  # a batch that was refused leaves the current plan's words alone
         self._tensors = (seq_lens, req_to_token, req_pool_indices)
-        self._planned_lens = lens
+        self._planned_lens = lens.astype(np.int64)  # as a scheduler has them
         self._steps = 0
         plan.plan_us = (time.perf_counter() - started) * 1e6
         return plan
@@ -481,7 +481,7 @@ class DecodePlanner:
         """
         if plan is not self._plan or self._tensors is None:
             raise ValueError("advance() takes the plan that plan() of this planner returned")
-        lens = None if host_lens is None else np.asarray(host_lens, dtype=np.int32)
+        lens = None if host_lens is None else np.asarray(host_lens, dtype=np.int64)
         if lens is not None and lens.shape != self._planned_lens.shape:
             raise ValueError(
                 f"advance() got {lens.size} rows, the plan has {self._planned_lens.size}"
@@ -502,6 +502,6 @@ class DecodePlanner:
         if lens is not None:
             # A row that shrank makes these not the rows of this plan: as an unsigned number it has
             # grown beyond any horizon.
-            of_row = (lens - self._planned_lens).view(np.uint32)
+            of_row = (lens - self._planned_lens).view(np.uint64)
             grown = int(of_row[of_row.argmax()]) if of_row.size else 0  # max() takes longer
         return grown <= plan.header[layout.H_HORIZON] - LAG

@@ -230,7 +230,7 @@ class Bed:
     def plan_us(self) -> float:
         """Microseconds of the C++ planner, its Python call included, on the present batch."""
         structure = self.backend._pat.feed.tracker._structure
-        lens, words = self.planner._planned_lens, self.words
+        lens, words = self.planner._planned_lens.astype(np.int32), self.words
         begin = time.perf_counter_ns()
         self.planner.host.plan(structure.forest, structure.leaf_of_row, lens, words)
         return (time.perf_counter_ns() - begin) / 1e3

@@ -27,7 +27,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from pat_sglang._types import Int32Array
 from pat_sglang.decode import pat_decode
 from pat_sglang.layout import H_PLANNED_TOKENS, H_RUNS, H_SHARED_PACKS, H_SHARING, H_UNSHARED_TOKENS
-from pat_sglang.metrics import METRICS
+from pat_sglang.metrics import METRICS, Repeated
 
 from . import compat, eligibility
 from .feed import StructureFeed
@@ -64,6 +64,7 @@ class PatState:
     capturing: bool = False
     in_base: bool = False  # the base is preparing its metadata; its own nested calls are not ours
     best: BestPlan | None = None
+    kept_steps: Repeated | None = None  # of the present plans
     base_pending: Any = None  # eager batch whose base metadata has not been prepared
 
 
@@ -226,24 +227,18 @@ class PatMixin(AttentionBackend):
         state = self._pat
         if not real:  # padded beyond what a plan holds, and nobody reads the output
             rows = min(rows, state.max_rows)
-        expected = state.feed.expected(rows) if real else None
         host_lens = self._pat_host_lens(forward_batch, rows)
-        step = {
-            "host_lens": host_lens,
-            "seq_lens": forward_batch.seq_lens,
-            "req_to_token": state.req_to_token_pool.req_to_token,
-            "req_pool_indices": forward_batch.req_pool_indices,
-        }
+        tensors = (
+            forward_batch.seq_lens,
+            state.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+        )
+        expected = state.feed.expected(rows) if real else None
         # Most steps change nothing: what they need is launched before anybody looks. A fill too
         # many does no harm, a new plan fills everything again.
-        kept = (
-            expected is not None
-            and expected.version == state.planned_version
-            and all(
-                planner.advance(state.plans[geometry], **step)
-                for geometry, planner in state.planners.items()
-            )
-        )
+        kept = expected is not None and expected.version == state.planned_version
+        for geometry, plan in state.plans.items() if kept else ():
+            kept = state.planners[geometry].advance(plan, host_lens, *tensors) and kept
         structure = state.feed.take(host_lens) if real else None
         kept = kept and structure is expected
         if not kept:
@@ -251,14 +246,20 @@ class PatMixin(AttentionBackend):
             if structure is not None:
                 forest, leaf_of_row = structure.forest, structure.leaf_of_row
             for geometry, planner in state.planners.items():
-                state.plans[geometry] = planner.plan(forest, leaf_of_row, **step)
+                state.plans[geometry] = planner.plan(forest, leaf_of_row, host_lens, *tensors)
             state.planned_version = 0 if structure is None else structure.version
         if state.validate:
+            seq_lens, req_to_token, indices = tensors
             for plan in state.plans.values():
-                plan.validate(step["req_to_token"], step["req_pool_indices"], step["seq_lens"])
+                plan.validate(req_to_token, indices, seq_lens)
         if real:
             state.feed.check_fired()
-        self._pat_count(structure, real=real, kept=kept)
+        if kept and state.kept_steps is not None:
+            state.kept_steps.times += 1
+        elif real:
+            self._pat_count(structure)
+        else:
+            METRICS.count("dummy_plans")
 
     def _pat_host_lens(self, forward_batch: Any, rows: int) -> npt.NDArray[Any]:
         """[rows] sequence lengths on the host; only a step nobody knows synchronises for them."""
@@ -271,26 +272,26 @@ class PatMixin(AttentionBackend):
         # Guessed lengths would put true ones beyond the horizon.
         return forward_batch.seq_lens[:rows].cpu().numpy()
 
-    def _pat_count(self, structure: BatchStructure | None, *, real: bool, kept: bool) -> None:
-        if not real:
-            METRICS.count("dummy_plans")
-            return
-        METRICS.count("plans_kept" if kept else "plans_made")
-        if structure is None:
-            METRICS.count_reason("no_sharing", "the hook did not see this step")
-        elif structure.no_sharing is not None:
-            METRICS.count_reason("no_sharing", structure.no_sharing)
-        plan = next(iter(self._pat.plans.values()))
-        METRICS.count("shared_segments", plan.header[H_SHARED_PACKS])
-        METRICS.count("planned_kv_tokens", plan.header[H_PLANNED_TOKENS])
-        METRICS.count("unshared_kv_tokens", plan.header[H_UNSHARED_TOKENS])
-        if not kept:
-            self._pat_count_new(plan)
-
-    def _pat_count_new(self, plan: DecodePlan) -> None:
-        METRICS.count("slots_compared", int(plan.slots_compared))
-        METRICS.count("plans_unshared", int(plan.header[H_RUNS] > 0 and not plan.header[H_SHARING]))
-        best = self._pat.best
-        saved = plan.header[H_UNSHARED_TOKENS] - plan.header[H_PLANNED_TOKENS]
+    def _pat_count(self, structure: BatchStructure | None) -> None:
+        """A step with a new plan, and what steps that keep it will count."""
+        state = self._pat
+        plan = next(iter(state.plans.values()))
+        header = plan.header
+        reason = "the hook did not see this step" if structure is None else structure.no_sharing
+        if reason is not None:
+            METRICS.count_reason("no_sharing", reason)
+        step = {
+            "shared_segments": header[H_SHARED_PACKS],
+            "planned_kv_tokens": header[H_PLANNED_TOKENS],
+            "unshared_kv_tokens": header[H_UNSHARED_TOKENS],
+        }
+        state.kept_steps = METRICS.repeat({"plans_kept": 1, **step}, reason, state.kept_steps)
+        step["plans_made"] = 1
+        step["slots_compared"] = int(plan.slots_compared)
+        step["plans_unshared"] = int(header[H_RUNS] > 0 and not header[H_SHARING])
+        for name, by in step.items():
+            METRICS.count(name, by)
+        best = state.best
+        saved = header[H_UNSHARED_TOKENS] - header[H_PLANNED_TOKENS]
         if best is None or saved > best.tokens_saved:
-            self._pat.best = BestPlan(saved, plan.host_words.copy())
+            state.best = BestPlan(saved, plan.host_words.copy())

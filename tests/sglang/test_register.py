@@ -139,6 +139,27 @@ def test_metrics_are_plain():
     assert METRICS.get("layers_on_base") == 1
 
 
+def test_repeated_steps_are_added_when_somebody_looks():
+    """Two backends, one of which makes a new plan in between."""
+    one = METRICS.repeat({"plans_kept": 1, "planned_kv_tokens": 10}, None, None)
+    other = METRICS.repeat({"plans_kept": 1, "planned_kv_tokens": 100}, "no prefix tree", None)
+    one.times += 3
+    assert METRICS.get("planned_kv_tokens") == 30
+    other.times += 2
+    one.times += 1
+    one = METRICS.repeat({"plans_kept": 1, "planned_kv_tokens": 1000}, None, one)
+    one.times += 1
+    values = METRICS.as_dict()
+    assert (values["plans_kept"], values["planned_kv_tokens"]) == (7, 1240)
+    assert values["no_sharing"] == {"no prefix tree": 2}
+    assert METRICS.as_dict() == values
+    one.times += 1
+    METRICS.reset()
+    assert METRICS.get("plans_kept") == 0
+    other.times += 1
+    assert METRICS.get("planned_kv_tokens") == 100
+
+
 # -- versions -------------------------------------------------------------------------------------
 
 
