@@ -4,7 +4,7 @@
 The constants of the cost model are not physical quantities that a stopwatch could give one by one:
 what counts is which plans they choose. So they are searched: a random descent changes one to three
 of them at a time, has a set of batches planned and timed, and keeps what makes the set faster. Most
-changes leave most plans as they were: each plan is timed once.
+changes leave most plans as they were: times are kept by plan, and taken again only to confirm.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from . import __version__, layout, saved_cost
+from ._types import Int32Array
 from .cost import ALL_TILES, CostModel, cost_model_for
 from .decode import pat_decode
 from .forest import Forest, build_segment_tree, node_ends
@@ -111,7 +112,7 @@ def batches() -> list[Batch]:
 
 def descend(
     start: CostModel,
-    measure: Callable[[CostModel], Sequence[float]],
+    measure: Callable[[CostModel, bool], Sequence[float]],
     keep_going: Callable[[], bool],
     seed: int = 0,
 ) -> tuple[CostModel, float]:
@@ -119,7 +120,7 @@ def descend(
 
     Args:
         start: where it begins.
-        measure: microseconds of every batch, planned under a model.
+        measure: microseconds of every batch, planned under a model; ``True`` takes known times again.
         keep_going: asked before each step.
         seed: of the steps.
 
@@ -128,11 +129,11 @@ def descend(
     """
     rng = random.Random(seed)
 
-    def score(model: CostModel) -> float:
-        return statistics.fmean(math.log(us) for us in measure(model))
+    def score(model: CostModel, again: bool = False) -> float:
+        return statistics.fmean(math.log(us) for us in measure(model, again))
 
-    best, first = start, score(start)
-    best_score = first
+    best = start
+    score(start, again=True)
     while keep_going():
         changed: dict[str, Any] = {}
         for name, tile in rng.sample(_CONSTANTS, rng.choice((1, 1, 2, 3))):
@@ -143,17 +144,47 @@ def descend(
                 scaled = max(1, int(value[tile] * factor))
                 changed[name] = (*value[:tile], scaled, *value[tile + 1 :])
         candidate = replace(best, **changed)
-        least = best_score + math.log(LEAST_GAIN)
-        # Measured twice: the first of many candidates to look good is often only lucky.
-        if score(candidate) < least and (again := score(candidate)) < least:
-            best, best_score = candidate, again
-    return best, math.exp(best_score - first)
+        least = math.log(LEAST_GAIN)
+        # Timed again: the first of many candidates to look good is often only lucky.
+        if score(candidate) < score(best) + least and (
+            score(candidate, again=True) < score(best) + least
+        ):
+            best = candidate
+    return best, math.exp(score(best) - score(start))
+
+
+class PlanTimes:
+    """Microseconds by plan, the latest taken.
+
+    Args:
+        time_plan: times the plan at hand.
+    """
+
+    def __init__(self, time_plan: Callable[[], float]) -> None:
+        self._time_plan = time_plan
+        self._us: dict[bytes, float] = {}
+
+    def us(self, words: Int32Array, again: bool) -> float:
+        """Of the plan at hand, whose words these are; known plans are timed if ``again``."""
+        words = words.copy()
+        words[layout.H_PREDICTED_NS] = 0  # the model's opinion is no part of what is run
+        plan = words.tobytes()
+        if again or plan not in self._us:
+            self._us[plan] = self._time_plan()
+        return self._us[plan]
 
 
 class _Timed:
     """A batch at one head layout on the GPU, its decode captured once for all plans."""
 
-    def __init__(self, batch: Batch, planner: DecodePlanner, k: torch.Tensor, v: torch.Tensor):
+    def __init__(
+        self,
+        batch: Batch,
+        planner: DecodePlanner,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        flush: torch.Tensor,
+    ) -> None:
         rows, device = len(batch.lens), planner.layer.device
         lens = torch.from_numpy(batch.lens.astype(np.int64)).to(device)
         table = torch.from_numpy(slots_of(batch)).to(device)
@@ -175,16 +206,11 @@ class _Timed:
         with torch.cuda.graph(self.graph):
             run()
         self.held = (q, k, v, out)  # the graph only has their addresses
-        self.us_of_plan: dict[bytes, float] = {}
+        self.times = PlanTimes(lambda: time_cold(self.graph, flush, REPLAYS))
 
-    def measure(self, flush: torch.Tensor) -> float:
-        """Microseconds of one layer under the planner's model, cold L2. A plan is timed once."""
-        words = self.planner.plan(*self.arguments).host_words.copy()
-        words[layout.H_PREDICTED_NS] = 0  # the model's opinion is no part of what is run
-        plan = words.tobytes()
-        if plan not in self.us_of_plan:
-            self.us_of_plan[plan] = time_cold(self.graph, flush, REPLAYS)
-        return self.us_of_plan[plan]
+    def measure(self, again: bool) -> float:
+        """Microseconds of one layer under the planner's model, cold L2."""
+        return self.times.us(self.planner.plan(*self.arguments).host_words, again)
 
 
 def time_cold(graph: Any, flush: torch.Tensor, replays: int) -> float:
@@ -248,15 +274,15 @@ def calibrate(seconds: float, device: str = "cuda") -> str:
             torch.randn(slots, kv_heads, HEAD_DIM, dtype=torch.bfloat16, device=device)
             for _ in range(2)
         )
-        timed += [_Timed(batch, planner, k, v) for batch in of_layout]
+        timed += [_Timed(batch, planner, k, v, flush) for batch in of_layout]
 
-    def measure(model: CostModel) -> list[float]:
+    def measure(model: CostModel, again: bool) -> list[float]:
         for planner in planners:
             planner.host = HostPlanner(planner.host.shape, model, planner.host.capacity)
-        return [one.measure(flush) for one in timed]
+        return [one.measure(again) for one in timed]
 
     start = cost_model_for(properties.name, properties.multi_processor_count, HEAD_DIM)
-    measure(start)  # clocks rise
+    measure(start, False)  # clocks rise
     begin = time.monotonic()
     best, ratio = descend(start, measure, lambda: time.monotonic() - begin < seconds)
     provenance = (

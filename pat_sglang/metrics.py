@@ -61,7 +61,10 @@ class Metrics:
     def repeat(
         self, step: Mapping[str, int], no_sharing: str | None, instead_of: Repeated | None
     ) -> Repeated:
-        """What later steps of a kind add: to COUNTERS, and to no_sharing if there is a reason."""
+        """What later steps of a kind add: to COUNTERS, and to no_sharing if there is a reason.
+
+        ``instead_of``: the kind that the caller's steps have been of until now.
+        """
         if instead_of is not None:
             self._settle()
             self._repeated.remove(instead_of)

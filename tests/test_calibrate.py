@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from pat_sglang import DecodePlanner, __version__, saved_cost
+from pat_sglang import DecodePlanner, __version__, layout, saved_cost
 from pat_sglang.__main__ import main
-from pat_sglang.calibrate import HEADS, MAX_ROWS, MAX_TOKENS, batches, descend, slots_of
+from pat_sglang.calibrate import (
+    HEADS,
+    MAX_ROWS,
+    MAX_TOKENS,
+    PlanTimes,
+    batches,
+    descend,
+    slots_of,
+)
 from pat_sglang.cost import H100, CostModel, cost_model_for
 from pat_sglang.forest import node_ends
 
@@ -44,7 +52,7 @@ def steps(number):
 def test_descent_approaches_the_constants_that_are_fastest(seed: int) -> None:
     hidden = replace(H100, part_ps=200_000, solo_token_ps=(9_000, 60_000, 30_000))
 
-    def measure(model: CostModel) -> list[float]:
+    def measure(model: CostModel, again: bool = False) -> list[float]:
         off = zip(model.words(), hidden.words(), strict=True)
         return [100.0 * math.exp(sum(math.log(a / b) ** 2 for a, b in off) / 10)] * 3
 
@@ -59,8 +67,31 @@ def test_descent_approaches_the_constants_that_are_fastest(seed: int) -> None:
 def test_descent_does_not_follow_luck() -> None:
     """Times that do not depend on the model, now and then lower by chance: nothing is changed."""
     lucky = itertools.cycle([100.0, 100.0, 90.0, 100.0, 100.0, 100.0, 90.0])
-    best, ratio = descend(H100, lambda model: [next(lucky)], steps(100))
-    assert (best, ratio) == (H100, 1.0)
+    times: dict[tuple[int, ...], float] = {}
+    confirmed = []
+
+    def measure(model: CostModel, again: bool) -> list[float]:
+        words = tuple(model.words())
+        if again:
+            confirmed.append(times.get(words))
+            times[words] = 100.0
+        return [times.setdefault(words, next(lucky))]
+
+    assert descend(H100, measure, steps(100)) == (H100, 1.0)
+    assert set(confirmed[1:]) == {90.0}  # only what looked good
+
+
+def test_a_plan_is_timed_once_whatever_was_predicted() -> None:
+    taken = itertools.count(1)
+    times = PlanTimes(lambda: float(next(taken)))
+    plan, other = np.arange(40, dtype=np.int32), np.zeros(40, np.int32)
+    assert [times.us(plan, False), times.us(other, False), times.us(plan, False)] == [1.0, 2.0, 1.0]
+    plan[layout.H_PREDICTED_NS] += 7
+    assert times.us(plan, False) == 1.0
+    assert plan[layout.H_PREDICTED_NS] == layout.H_PREDICTED_NS + 7
+    assert [times.us(plan, True), times.us(plan, False)] == [3.0, 3.0]
+    plan[-1] += 1
+    assert times.us(plan, False) == 4.0
 
 
 def test_saved_constants_are_what_a_planner_uses(caplog) -> None:

@@ -35,8 +35,8 @@ class SharedRun {
   __device__ SharedRun(const QueryFragment& q, RowBlock& rows, float scale_log2)
       : q_(q), rows_(rows), scale_log2_(scale_log2) {}
 
-  /// `ring` gives the tiles in order, the descriptor of the next K (V) once it has arrived, and takes
-  /// them back in the same order.
+  /// `ring` gives the tiles in order, the descriptor's low word of the next K (V) once it has arrived, and
+  /// takes them back in the same order; see EntryRing.
   template <typename Ring>
   __device__ __forceinline__ void run(int32_t tokens, Ring& ring) {
     if (tokens <= 0) return;

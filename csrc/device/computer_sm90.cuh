@@ -128,8 +128,8 @@ class Computer {
 
   /// The entries of a shared run in the order of the tiles: K at even stages, V at odd ones, of this
   /// half or of both in turn.
-  /// NOTE: all of it is the same for the whole warpgroup and comes from uniform(): addresses and
-  /// descriptors stay in uniform registers, where WGMMA wants them.
+  /// NOTE: places are the same for the whole warpgroup and come from uniform(): addresses and
+  /// descriptors stay in uniform registers, where WGMMA wants them. Only `seen_` is of one warp.
   class EntryRing {
    public:
     __device__ EntryRing(Computer& computer, uint32_t both)
@@ -167,8 +167,8 @@ class Computer {
       k = descriptor(k_, 0);
       v = descriptor(v_, 1);
     }
-    /// Sees whether what await_both() waits for next is there already, while the tensor cores are busy:
-    /// barriers and fence take longer than a third of their work.
+    /// Sees whether what await_both() waits for next is there already, while the tensor cores are busy.
+    /// NOTE: warps of a warpgroup may differ in it: each waits, and fences, for its own MMAs.
     __device__ void look_ahead() {
       const Place next = place(next_);
       const bool has_k = ptx::barrier_is_over(full(next, 0), parity(next, 0));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// 16 rows of Q, K or V to shared memory by one warp, kRowsPerLoad rows a pass: lane l brings chunk
-// l % kRowChunks of one of them.
+// 16 rows of Q, K or V to shared memory by one warp, kRowsPerLoad rows a pass, kCopyPasses
+// apart: lane l brings chunk l % kRowChunks of row l / kRowChunks * kCopyPasses + pass.
 #pragma once
 
 #include "item.cuh"

@@ -192,7 +192,7 @@ __device__ __forceinline__ float exp2(float x) {
 }
 
 /// Lane 0's value, known to the compiler to be the same in all lanes: what follows from it needs one
-/// register a warp.
+/// register a warp. By all 32 lanes.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 /// The same value, opaque to the compiler: what is computed from it is computed here, not hoisted out
@@ -253,7 +253,7 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const void* map, int32_t 
 __device__ __forceinline__ void barrier_arrive_after_cp_async(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
-/// Whether the phase of this parity has completed, without waiting.
+/// Whether the phase of this parity has completed, without waiting; if so, what came before is seen.
 __device__ __forceinline__ bool barrier_is_over(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(

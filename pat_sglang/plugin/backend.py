@@ -64,7 +64,7 @@ class PatState:
     capturing: bool = False
     in_base: bool = False  # the base is preparing its metadata; its own nested calls are not ours
     best: BestPlan | None = None
-    kept_steps: Repeated | None = None  # of the present plans
+    kept_steps: Repeated | None = None  # what a step counts that keeps the plans
     base_pending: Any = None  # eager batch whose base metadata has not been prepared
 
 
@@ -248,18 +248,18 @@ class PatMixin(AttentionBackend):
             for geometry, planner in state.planners.items():
                 state.plans[geometry] = planner.plan(forest, leaf_of_row, host_lens, *tensors)
             state.planned_version = 0 if structure is None else structure.version
+            if real:
+                self._pat_count(structure)
+            else:
+                METRICS.count("dummy_plans")
+        elif state.kept_steps is not None:
+            state.kept_steps.times += 1
         if state.validate:
             seq_lens, req_to_token, indices = tensors
             for plan in state.plans.values():
                 plan.validate(req_to_token, indices, seq_lens)
         if real:
             state.feed.check_fired()
-        if kept and state.kept_steps is not None:
-            state.kept_steps.times += 1
-        elif real:
-            self._pat_count(structure)
-        else:
-            METRICS.count("dummy_plans")
 
     def _pat_host_lens(self, forward_batch: Any, rows: int) -> npt.NDArray[Any]:
         """[rows] sequence lengths on the host; only a step nobody knows synchronises for them."""
