@@ -120,7 +120,7 @@ def descend(
 
     Args:
         start: where it begins.
-        measure: microseconds of every batch, planned under a model; ``True`` takes known times again.
+        measure: microseconds of every batch, planned under a model; ``True``: known ones anew.
         keep_going: asked before each step.
         seed: of the steps.
 

@@ -66,18 +66,23 @@ class Metrics:
         ``instead_of``: the kind that the caller's steps have been of until now.
         """
         if instead_of is not None:
-            self._settle()
+            self._settle(instead_of)
             self._repeated.remove(instead_of)
-        self._repeated.append(Repeated(step, no_sharing))
-        return self._repeated[-1]
+        kind = Repeated(step, no_sharing)
+        self._repeated.append(kind)
+        return kind
 
-    def _settle(self) -> None:
-        for kind in self._repeated:
-            times, kind.times = kind.times, 0
+    def _settle(self, kind: Repeated) -> None:
+        times, kind.times = kind.times, 0
+        if times:
             for name, by in kind.step.items():
                 self._counts[name] += times * by
-            if kind.no_sharing is not None and times:
+            if kind.no_sharing is not None:
                 self._reasons["no_sharing"][kind.no_sharing] += times
+
+    def _settle_all(self) -> None:
+        for kind in self._repeated:
+            self._settle(kind)
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter of COUNTERS."""
@@ -93,14 +98,14 @@ class Metrics:
 
     def get(self, name: str) -> int:
         """Total of a counter of either kind."""
-        self._settle()
+        self._settle_all()
         if name in self._counts:
             return self._counts[name]
         return sum(self._reasons[name].values())
 
     def as_dict(self) -> dict[str, object]:
         """Everything, in builtins that any serialiser takes."""
-        self._settle()
+        self._settle_all()
         reasons = {name: dict(counts) for name, counts in self._reasons.items()}
         return {**self._counts, **reasons, **self._gauges}
 
