@@ -186,6 +186,24 @@ def test_a_row_that_outgrows_its_tail_unseen_is_nan():
     assert torch.isnan(out[0]).all() and torch.isfinite(out[1]).all()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [list, lambda lens: lens, lambda lens: lens.astype(np.int32), torch.from_numpy],
+    ids=["list", "int64", "int32", "tensor"],
+)
+def test_a_row_that_shrank_ends_the_plan(given):
+    """Another request has taken its place: what the others have grown must not hide it."""
+    geometry, lens = (4, 4, 16), np.array([50, 95, 70])
+    case = case_for(geometry, Forest.empty(), np.full(3, -1), lens, spare=64)
+    planner = planner_for(geometry)
+    plan = check(planner, case)
+    assert planner.advance(plan, given(lens))
+    assert planner.advance(plan, given(lens + 1))
+    assert not planner.advance(plan, given(lens + np.array([-1, 2, 2])))
+    with pytest.raises(ValueError, match="rows"):
+        planner.advance(plan, given(lens[1:]))
+
+
 def test_host_lengths_counted_up_in_place_still_end_the_horizon():
     case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]), spare=128)
     planner = planner_for((4, 4, 16))
