@@ -167,7 +167,7 @@ class ItemAttention {
     const uint32_t slot_stride = is_v ? params_.v_slot_stride : params_.k_slot_stride;
     const int lane = ptx::opaque(lane_);
     const uint32_t to = slice_address(stage) + copied_first(lane);
-    const int4* slots = reinterpret_cast<const int4*>(mailbox_.slots[lane / kRowChunks]);
+    const int4* slots = reinterpret_cast<const int4*>(mailbox_.slots + copied_row(lane, 0));
 #pragma unroll
     for (int four = 0; four < kCopyPasses; four += 4) {
       const int4 v = slots[four / 4];

@@ -157,8 +157,8 @@ class Computer {
       v_ = k_;
       k_ = advance();
       if (!seen_) {
-        ptx::barrier_wait(full(k_, 0), parity(k_, 0));
-        ptx::barrier_wait(full(v_, 1), parity(v_, 1));
+        wait(k_, 0);
+        wait(v_, 1);
         ptx::fence_proxy_async();
       }
       seen_ = false;
@@ -171,8 +171,7 @@ class Computer {
     /// NOTE: warps of a warpgroup may differ in it: each waits, and fences, for its own MMAs.
     __device__ void look_ahead() {
       const Place next = place(next_);
-      const bool has_k = ptx::barrier_is_over(full(next, 0), parity(next, 0));
-      const bool has_v = ptx::barrier_is_over(full(k_, 1), parity(k_, 1));
+      const bool has_k = is_there(next, 0), has_v = is_there(k_, 1);
       seen_ = __all_sync(0xffffffffu, has_k && has_v);
       if (seen_) ptx::fence_proxy_async();
     }
@@ -198,23 +197,26 @@ class Computer {
       next_ = next_ + 1 == places_ ? 0 : next_ + 1;
       return found;
     }
-    __device__ static uint32_t full(const Place& place, int is_v) {
-      return Half(place.base, 0).entry_full(place.stage + is_v);
+    __device__ static Half half_of(const Place& place) { return Half(place.base, 0); }
+
+    __device__ void wait(const Place& place, int is_v) const {
+      ptx::barrier_wait(half_of(place).entry_full(place.stage + is_v),
+                        computer_.entries_.of(place.bit + is_v));
     }
-    __device__ uint32_t parity(const Place& place, int is_v) const {
-      return computer_.entries_.of(place.bit + is_v);
+    __device__ bool is_there(const Place& place, int is_v) const {
+      return ptx::barrier_is_over(half_of(place).entry_full(place.stage + is_v),
+                                  computer_.entries_.of(place.bit + is_v));
     }
     __device__ void await(const Place& place, int is_v) {
-      ptx::barrier_wait(full(place, is_v), parity(place, is_v));
+      wait(place, is_v);
       computer_.entries_.advance(place.bit + is_v);
     }
-    __device__ uint32_t descriptor(const Place& place, int is_v) const {
-      return wgmma::descriptor(Half(place.base, 0).entry(place.stage + is_v));
+    __device__ static uint32_t descriptor(const Place& place, int is_v) {
+      return wgmma::descriptor(half_of(place).entry(place.stage + is_v));
     }
     __device__ void release(const Place& place, int is_v) const {
       __syncwarp();
-      ptx::barrier_arrive_if(computer_.lane_ == 0,
-                             Half(place.base, 0).entry_empty(place.stage + is_v),
+      ptx::barrier_arrive_if(computer_.lane_ == 0, half_of(place).entry_empty(place.stage + is_v),
                              kReaders / kWarps >> both_);
     }
 

@@ -22,7 +22,7 @@ class Loader {
         first_half_(shared, 0),
         mine_(shared, half_),
         pair_(mine_, warp_),
-        slots_(shared + kSlotsOffset + (half_ * kWarps + warp_) * kSliceTokens * 4),
+        slots_(shared + kSlotsOffset + (half_ * kWarps + warp_) * kSlotsBytes),
         lane_offset_(warp_ * kSliceBytes + copied_first(lane_)) {}
 
   /// Loads pieces until none is left.
@@ -288,11 +288,12 @@ class Loader {
     if (Slice::valid(word) == kSliceTokens) {
 #pragma unroll
       for (int four = 0; four < kCopyPasses; four += 4) {
-        const uint4 slot = ptx::load_shared_x4(slots + four * 4);
-        ptx::cp_async_16(copied_to(to, four), from + uint64_t{slot.x} * slot_stride);
-        ptx::cp_async_16(copied_to(to, four + 1), from + uint64_t{slot.y} * slot_stride);
-        ptx::cp_async_16(copied_to(to, four + 2), from + uint64_t{slot.z} * slot_stride);
-        ptx::cp_async_16(copied_to(to, four + 3), from + uint64_t{slot.w} * slot_stride);
+        const uint4 v = ptx::load_shared_x4(slots + four * 4);
+        const uint32_t slot[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          ptx::cp_async_16(copied_to(to, four + i), from + uint64_t{slot[i]} * slot_stride);
+        }
       }
     } else {  // tokens that do not exist become zeros
 #pragma unroll 1

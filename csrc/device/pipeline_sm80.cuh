@@ -27,7 +27,7 @@ inline constexpr int kStages = (kSharedBytes - kQBytes) / kEntryBytes;
 static_assert(kStages >= 3, "two entries in flight while one is computed");
 
 /// Slots of one slice: those of the rows that a lane copies, side by side.
-using StagedSlots = int32_t[kRowsPerLoad][kCopyPasses];
+using StagedSlots = int32_t[kSliceTokens];
 
 /// What a warp keeps in shared memory about its stream.
 struct alignas(16) Mailbox {

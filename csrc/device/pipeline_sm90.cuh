@@ -70,9 +70,10 @@ struct HalfShared {
 };
 inline constexpr int kHalfSharedOffset = (kStages + 1) * kEntryBytes;
 static_assert(kHalfSharedOffset + sizeof(HalfShared) <= kHalfBytes);
-// Behind both halves: the 16 slots at hand of each loading warp.
+// Behind both halves: of each loading warp the slots of the slice at hand.
 inline constexpr int kSlotsOffset = kHalves * kHalfBytes;
-inline constexpr int kSharedBytes = kSlotsOffset + kHalves * kWarps * kSliceTokens * 4;
+inline constexpr int kSlotsBytes = kSliceTokens * sizeof(int32_t);
+inline constexpr int kSharedBytes = kSlotsOffset + kHalves * kWarps * kSlotsBytes;
 static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
 static_assert(kHalfBytes % 1024 == 0, "WGMMA's swizzle repeats every 1024 bytes");
 

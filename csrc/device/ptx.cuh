@@ -227,6 +227,7 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int32_t count) 
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
                : "memory");
 }
+/// The same without a branch, which would be one more place for a warp to come together again.
 __device__ __forceinline__ void barrier_arrive_if(bool condition, uint32_t barrier, int32_t count) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"

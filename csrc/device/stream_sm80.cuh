@@ -44,9 +44,7 @@ class Stream {
   /// To the next slice; the one after it is fetched, a slice ahead of its use.
   __device__ __forceinline__ void advance() {
     __syncwarp();
-    if (lane_ < kSliceTokens) {
-      staged_[lane_ / kCopyPasses][lane_ % kCopyPasses] = next_slot_;
-    }
+    if (lane_ < kSliceTokens) staged_[lane_] = next_slot_;
     __syncwarp();
     slice_ = next_slice_;
     if (!over()) fetch();
