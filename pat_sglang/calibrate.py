@@ -132,8 +132,7 @@ def descend(
     def score(model: CostModel, again: bool = False) -> float:
         return statistics.fmean(math.log(us) for us in measure(model, again))
 
-    best = start
-    score(start, again=True)
+    best, best_score = start, score(start, again=True)
     while keep_going():
         changed: dict[str, Any] = {}
         for name, tile in rng.sample(_CONSTANTS, rng.choice((1, 1, 2, 3))):
@@ -144,13 +143,15 @@ def descend(
                 scaled = max(1, int(value[tile] * factor))
                 changed[name] = (*value[:tile], scaled, *value[tile + 1 :])
         candidate = replace(best, **changed)
-        least = math.log(LEAST_GAIN)
-        # Timed again: the first of many candidates to look good is often only lucky.
-        if score(candidate) < score(best) + least and (
-            score(candidate, again=True) < score(best) + least
-        ):
-            best = candidate
-    return best, math.exp(score(best) - score(start))
+        least_gain = math.log(LEAST_GAIN)
+        if score(candidate) >= best_score + least_gain:
+            continue
+        # Timed again: the first of many candidates to look good is often only lucky. The best one
+        # has some of these plans too.
+        confirmed, best_score = score(candidate, again=True), score(best)
+        if confirmed < best_score + least_gain:
+            best, best_score = candidate, confirmed
+    return best, math.exp(best_score - score(start))
 
 
 class PlanTimes:
