@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Every counter there is. "by reason" counters are a dict reason -> count.
 COUNTERS = {
@@ -34,10 +34,10 @@ COUNTERS_BY_REASON = {
 
 @dataclass(eq=False)
 class Repeated:
-    """Steps that all add the same: most are like the one before, and are only counted."""
+    """Steps of one owner that all add the same: most are like the one before, and only counted."""
 
-    step: Mapping[str, int]
-    no_sharing: str | None
+    step: Mapping[str, int] = field(default_factory=dict)  # by COUNTERS
+    no_sharing: str | None = None  # a reason each step adds too
     times: int = 0  # not added yet
 
 
@@ -50,39 +50,35 @@ class Metrics:
 
     def reset(self) -> None:
         """Forget everything counted so far (tests)."""
-        for kind in self._repeated:
-            kind.times = 0
+        for steps in self._repeated:
+            steps.times = 0
         self._counts: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         self._reasons: dict[str, dict[str, int]] = {
             name: defaultdict(int) for name in COUNTERS_BY_REASON
         }
         self._gauges: dict[str, float | int | str] = {}
 
-    def repeat(
-        self, step: Mapping[str, int], no_sharing: str | None, instead_of: Repeated | None
-    ) -> Repeated:
-        """What later steps of a kind add: to COUNTERS, and to no_sharing if there is a reason.
+    def repeated(self) -> Repeated:
+        """For an owner to count its steps in."""
+        self._repeated.append(Repeated())
+        return self._repeated[-1]
 
-        ``instead_of``: the kind that the caller's steps have been of until now.
-        """
-        if instead_of is not None:
-            self._settle(instead_of)
-            self._repeated.remove(instead_of)
-        kind = Repeated(step, no_sharing)
-        self._repeated.append(kind)
-        return kind
+    def change(self, steps: Repeated, step: Mapping[str, int], no_sharing: str | None) -> None:
+        """What each of an owner's steps adds from now on."""
+        self._settle(steps)
+        steps.step, steps.no_sharing = step, no_sharing
 
-    def _settle(self, kind: Repeated) -> None:
-        times, kind.times = kind.times, 0
+    def _settle(self, steps: Repeated) -> None:
+        times, steps.times = steps.times, 0
         if times:
-            for name, by in kind.step.items():
+            for name, by in steps.step.items():
                 self._counts[name] += times * by
-            if kind.no_sharing is not None:
-                self._reasons["no_sharing"][kind.no_sharing] += times
+            if steps.no_sharing is not None:
+                self._reasons["no_sharing"][steps.no_sharing] += times
 
     def _settle_all(self) -> None:
-        for kind in self._repeated:
-            self._settle(kind)
+        for steps in self._repeated:
+            self._settle(steps)
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter of COUNTERS."""

@@ -64,7 +64,7 @@ class PatState:
     capturing: bool = False
     in_base: bool = False  # the base is preparing its metadata; its own nested calls are not ours
     best: BestPlan | None = None
-    kept_steps: Repeated | None = None  # what a step counts that keeps the plans
+    kept_steps: Repeated = field(default_factory=METRICS.repeated)  # that keep the plans
     base_pending: Any = None  # eager batch whose base metadata has not been prepared
 
 
@@ -252,7 +252,7 @@ class PatMixin(AttentionBackend):
                 self._pat_count(structure)
             else:
                 METRICS.count("dummy_plans")
-        elif state.kept_steps is not None:
+        else:
             state.kept_steps.times += 1
         if state.validate:
             seq_lens, req_to_token, indices = tensors
@@ -285,7 +285,7 @@ class PatMixin(AttentionBackend):
             "planned_kv_tokens": header[H_PLANNED_TOKENS],
             "unshared_kv_tokens": header[H_UNSHARED_TOKENS],
         }
-        state.kept_steps = METRICS.repeat({"plans_kept": 1, **step}, reason, state.kept_steps)
+        METRICS.change(state.kept_steps, {"plans_kept": 1, **step}, reason)
         step["plans_made"] = 1
         step["slots_compared"] = int(plan.slots_compared)
         step["plans_unshared"] = int(header[H_RUNS] > 0 and not header[H_SHARING])

@@ -141,13 +141,14 @@ def test_metrics_are_plain():
 
 def test_repeated_steps_are_added_when_somebody_looks():
     """Two backends, one of which makes a new plan in between."""
-    one = METRICS.repeat({"plans_kept": 1, "planned_kv_tokens": 10}, None, None)
-    other = METRICS.repeat({"plans_kept": 1, "planned_kv_tokens": 100}, "no prefix tree", None)
+    one, other = METRICS.repeated(), METRICS.repeated()
+    METRICS.change(one, {"plans_kept": 1, "planned_kv_tokens": 10}, None)
+    METRICS.change(other, {"plans_kept": 1, "planned_kv_tokens": 100}, "no prefix tree")
     one.times += 3
     assert METRICS.get("planned_kv_tokens") == 30
     other.times += 2
     one.times += 1
-    one = METRICS.repeat({"plans_kept": 1, "planned_kv_tokens": 1000}, None, one)
+    METRICS.change(one, {"plans_kept": 1, "planned_kv_tokens": 1000}, None)
     one.times += 1
     values = METRICS.as_dict()
     assert (values["plans_kept"], values["planned_kv_tokens"]) == (7, 1240)
