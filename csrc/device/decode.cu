@@ -15,6 +15,23 @@
 namespace pat {
 namespace {
 
+/// By one thread of a block, off the way to the first K. Lets the merge kernel come to SMs that have
+/// nothing left to do.
+__device__ __forceinline__ void start(const DecodeParams& params) {
+  if (blockIdx.x == 0) {
+    // NOTE: the merge kernel reads it as it starts, which is after this block has let it.
+    ptx::add_release(params.counters + kStarted, static_cast<int32_t>(gridDim.x));
+    __threadfence();
+  }
+  ptx::launch_dependents();
+}
+
+/// By one thread, when the block has written all of its output. To wait for the grid itself would cost the
+/// merge kernel a microsecond more.
+__device__ __forceinline__ void end(const DecodeParams& params) {
+  ptx::add_release(params.counters + kEnded, 1);
+}
+
 #if defined(PAT_PATH_SM90)
 
 constexpr int kComputerRegisters = 176, kLoaderRegisters = 80;
@@ -23,16 +40,18 @@ static_assert(kHalves * kHalfThreads * (kComputerRegisters + kLoaderRegisters) <
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  ptx::launch_dependents();  // the merge kernel waits for our end, but may be on its way
-  prefetch_tables(params);
   const uint32_t address = ptx::shared_address(shared);
   const Tables tables{params.plan};
   if (threadIdx.x < kThreads / 2) {
     init_barriers(address);
     ptx::named_barrier(0, kThreads);  // of the block; each role comes to it by a way of its own
+    if (threadIdx.x == 0) start(params);
     ptx::raise_registers<kComputerRegisters>();
     Computer(params, tables, address).run();
+    ptx::named_barrier(kComputersOfBlock, kThreads / 2);
+    if (threadIdx.x == 0) end(params);
   } else {
+    prefetch_tables(params, threadIdx.x - kThreads / 2, kThreads / 2);
     ptx::named_barrier(0, kThreads);
     ptx::lower_registers<kLoaderRegisters>();
     Loader(params, tables, address).run();
@@ -45,9 +64,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ BlockShared block;
-  prefetch_tables(params);
+  if (threadIdx.x == 0) start(params);
+  prefetch_tables(params, threadIdx.x, kThreads);
   const Tables tables{params.plan};
   drain_all(params, tables, ptx::shared_address(shared), block);
+  __syncthreads();
+  if (threadIdx.x == 0) end(params);
 }
 
 #endif

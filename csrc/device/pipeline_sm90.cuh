@@ -132,7 +132,12 @@ class Pair {
 };
 
 /// Named barriers; 0 is that of the whole block.
-enum Barrier : int { kLoadersOfBlock = 1, kLoadersOfHalf = 2, kComputersOfHalf = 4 };
+enum Barrier : int {
+  kLoadersOfBlock = 1,
+  kLoadersOfHalf = 2,
+  kComputersOfHalf = 4,
+  kComputersOfBlock = 6,
+};
 
 static_assert(kNumTiles == 3 && kTiles[0].rows == kFragmentRows && kTiles[1].rows == kBlockRows &&
                   kTiles[2].rows == kHalves * kBlockRows,
