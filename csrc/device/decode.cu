@@ -20,16 +20,17 @@ namespace {
 __device__ __forceinline__ void start(const DecodeParams& params) {
   if (blockIdx.x == 0) {
     // NOTE: the merge kernel reads it as it starts, which is after this block has let it.
-    ptx::add_release(params.counters + kStarted, static_cast<int32_t>(gridDim.x));
+    ptx::add_release(params.counters + kStarted, static_cast<int32_t>(gridDim.x) * kWriters);
     __threadfence();
   }
   ptx::launch_dependents();
 }
 
-/// By one thread, when the block has written all of its output. To wait for the grid itself would cost the
-/// merge kernel a microsecond more.
+/// By a warp that has written all of its output. To wait for the end of the grid instead would cost the
+/// merge kernel a microsecond.
 __device__ __forceinline__ void end(const DecodeParams& params) {
-  ptx::add_release(params.counters + kEnded, 1);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::add_release(params.counters + kEnded, 1);
 }
 
 #if defined(PAT_PATH_SM90)
@@ -48,8 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (threadIdx.x == 0) start(params);
     ptx::raise_registers<kComputerRegisters>();
     Computer(params, tables, address).run();
-    ptx::named_barrier(kComputersOfBlock, kThreads / 2);
-    if (threadIdx.x == 0) end(params);
+    end(params);
   } else {
     prefetch_tables(params, threadIdx.x - kThreads / 2, kThreads / 2);
     ptx::named_barrier(0, kThreads);
@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   prefetch_tables(params, threadIdx.x, kThreads);
   const Tables tables{params.plan};
   drain_all(params, tables, ptx::shared_address(shared), block);
-  __syncthreads();
-  if (threadIdx.x == 0) end(params);
+  end(params);
 }
 
 #endif

@@ -6,7 +6,7 @@
 // kernel's work counters, which is safe because launches of one stream run in order.
 //
 // It is a programmatic dependent of the forward kernel: its blocks start as those of the forward kernel
-// end, read the plan, and wait until the last of them has counted itself. All that is left then is to
+// end, read the plan, and wait until the last of their warps has counted itself. All that is left then is to
 // read the partials once.
 //
 // Large batches have few parts a pair of row and head: one warp a pair. Small batches have few pairs and,

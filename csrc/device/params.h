@@ -13,7 +13,8 @@ namespace pat {
 /// Words of `counters`. Those of the tiles are zero between launches, the other two are equal.
 enum Counter : int32_t {
   kDrawn = 0,  // [kNumTiles] pieces drawn
-  // Blocks of all forward kernels so far, modulo 2^32: a merge kernel begins when they are equal.
+  // Warps of all forward kernels so far that write output, modulo 2^32: a merge kernel begins when
+  // the two are equal.
   kStarted = kNumTiles,
   kEnded,
   kNumCounters,

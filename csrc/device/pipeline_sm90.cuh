@@ -30,6 +30,7 @@ inline constexpr int kHalfThreads = kWarps * 32;             // of one role
 inline constexpr int kThreads = 2 * kHalves * kHalfThreads;  // [role][half][warp][lane]
 inline constexpr int kBlocksPerSm = 1;
 inline constexpr int kWorkers = kHalves;           // of a block
+inline constexpr int kWriters = kHalves * kWarps;  // warps of a block that write output
 inline constexpr int kLoaderArrivals = 33;         // 32 lanes' copies, and lane 0's word about them
 inline constexpr int kReaders = kHalves * kWarps;  // of an entry, at most; its barrier counts them
 
@@ -132,12 +133,7 @@ class Pair {
 };
 
 /// Named barriers; 0 is that of the whole block.
-enum Barrier : int {
-  kLoadersOfBlock = 1,
-  kLoadersOfHalf = 2,
-  kComputersOfHalf = 4,
-  kComputersOfBlock = 6,
-};
+enum Barrier : int { kLoadersOfBlock = 1, kLoadersOfHalf = 2, kComputersOfHalf = 4 };
 
 static_assert(kNumTiles == 3 && kTiles[0].rows == kFragmentRows && kTiles[1].rows == kBlockRows &&
                   kTiles[2].rows == kHalves * kBlockRows,

@@ -294,7 +294,7 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
-/// Adds once all that this thread knows to be written, by itself or before a barrier, can be seen.
+/// Adds once all that this thread knows to be written, by itself or before it met others, can be seen.
 __device__ __forceinline__ void add_release(int32_t* to, int32_t value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
