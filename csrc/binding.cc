@@ -203,7 +203,7 @@ bool decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
     TVM_FFI_THROW(ValueError) << "the plan was made for another geometry: q " << shape_of(q)
                               << ", partial_out " << shape_of(partial_out);
   }
-  if (counters.size(0) < pat::kNumCounters) TVM_FFI_THROW(ValueError) << "counters is too short";
+  if (counters.size(0) < pat::kNumTiles) TVM_FFI_THROW(ValueError) << "counters is too short";
   check_aligned(q, "q", q.stride(0));
   check_aligned(out, "out", out.stride(0));
   check_aligned(k_cache, "k_cache", k_cache.stride(0));
@@ -247,8 +247,8 @@ bool decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
   const cudaStream_t stream = current_stream(device);
   check_cuda(pat::launch_decode(params, sms, stream), "launching the forward kernel");
   const cudaError_t merged = pat::launch_merge(params, sms, stream);
-  if (merged != cudaSuccess) {  // it would have set these to zero
-    cudaMemsetAsync(params.counters + pat::kDrawn, 0, sizeof(int32_t) * pat::kNumTiles, stream);
+  if (merged != cudaSuccess) {  // it would have reset the counters of the launch before it
+    cudaMemsetAsync(params.counters, 0, sizeof(int32_t) * pat::kNumTiles, stream);
     check_cuda(merged, "launching the merge kernel");
   }
 #if defined(PAT_PATH_SM90)

@@ -104,29 +104,29 @@ class CostModel:
 
 H100 = CostModel(
     num_sms=132,
-    item_ps=(1_500_000, 7_000_000, 4_289_000),
-    token_ps=(22_800, 12_400, 24_937),
-    reread_ps=(16_696, 7_875, 14_080),
-    solo_item_ps=(544_372, 1_577_475, 7_812_500),
-    solo_token_ps=(21_450, 28_350, 26_000),
-    private_token_ps=31_487,
-    part_ps=53_556,
+    item_ps=(1_500_000, 7_000_000, 3_900_000),
+    token_ps=(22_800, 12_400, 16_000),
+    reread_ps=(14_800, 7_000, 17_600),
+    solo_item_ps=(2_450_000, 2_050_000, 6_250_000),
+    solo_token_ps=(33_000, 31_500, 26_000),
+    private_token_ps=27_200,
+    part_ps=48_700,
     step_ps=271_000,
-    provenance="H100 SXM 80 GB, 2026-11-23: 10,000 plans of 18 trees, 9 unshared batches and 9 "
+    provenance="H100 SXM 80 GB, 2026-11-22: 10,000 plans of 18 trees, 9 unshared batches and 9 "
     "random forests at five head layouts timed, then random descent on those times; the solo times "
     "are those of items that share their SM with others",
 )
 H200 = replace(
     H100,
-    provenance="those of the H100: with memory made cheaper by the ratio of copy bandwidths, "
-    "106 plans that then differed were 5 % slower on an H200 than those that did not",
+    provenance="those of the H100: with memory made cheaper by the ratio of copy bandwidths, tree "
+    "10 at 64/8 took 99 us on an H200, 79 on an H100 with the plan of these",
 )
 A100 = CostModel(
     num_sms=108,
-    item_ps=(1_500_000, 7_000_000, 3_900_000),
+    item_ps=H100.item_ps,
     token_ps=(30_000, 30_000, 40_000),
     reread_ps=(20_000, 25_000, 40_000),
-    solo_item_ps=(2_450_000, 2_050_000, 6_250_000),
+    solo_item_ps=H100.solo_item_ps,
     solo_token_ps=(24_000, 30_000, 50_000),
     private_token_ps=24_000,
     part_ps=120_000,

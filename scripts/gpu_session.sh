@@ -10,6 +10,7 @@
 # a call carries 64 MiB, and what was carried earlier is kept by `part`):
 #   1. kernels alone need no bundle: one call
 #        carry [".carry"]                           bash scripts/gpu_session.sh kernels --budget-s 200
+#        carry [".carry"]                           bash scripts/gpu_session.sh repeat --budget-s 60
 #        carry [".carry"]                           bash scripts/gpu_session.sh sanitize
 #      likewise floor (before bench, which reads results/floor-<gpu>.jsonl: copy it back first, or run both in one call),
 #      regret and ablation
@@ -134,6 +135,11 @@ kernels() {
   python3 scripts/gpu_kernel_check.py "$@" 2>&1 | tee "$log"
 }
 
+repeat() {
+  environment repeat
+  python3 scripts/gpu_repeat_check.py "$@" 2>&1 | tee "$log"
+}
+
 # Memory of its own for every tensor, so that an access beyond one is seen; only PAT's kernels are
 # instrumented, torch's would take minutes.
 sanitize() {
@@ -183,11 +189,11 @@ load() {
   return $status
 }
 
-command=${1:?local, part, unpack, kernels, sanitize, floor, regret, ablation, host, bench, serving, features or load}
+command=${1:?local, part, unpack, kernels, repeat, sanitize, floor, regret, ablation, host, bench, serving, features or load}
 shift
 case $command in
   local) local_ ;;
   floor | regret | ablation | host) alone "$command" "$@" ;;
-  part | unpack | kernels | sanitize | bench | serving | features | load) "$command" "$@" ;;
+  part | unpack | kernels | repeat | sanitize | bench | serving | features | load) "$command" "$@" ;;
   *) echo "unknown subcommand $command" >&2; exit 2 ;;
 esac

@@ -15,24 +15,6 @@
 namespace pat {
 namespace {
 
-/// By one thread of a block, off the way to the first K. Lets the merge kernel come to SMs that have
-/// nothing left to do.
-__device__ __forceinline__ void start(const DecodeParams& params) {
-  if (blockIdx.x == 0) {
-    // NOTE: the merge kernel reads it as it starts, which is after this block has let it.
-    ptx::add_release(params.counters + kStarted, static_cast<int32_t>(gridDim.x) * kWriters);
-    __threadfence();
-  }
-  ptx::launch_dependents();
-}
-
-/// By a warp that has written all of its output. To wait for the end of the grid instead would cost the
-/// merge kernel a microsecond.
-__device__ __forceinline__ void end(const DecodeParams& params) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::add_release(params.counters + kEnded, 1);
-}
-
 #if defined(PAT_PATH_SM90)
 
 constexpr int kComputerRegisters = 176, kLoaderRegisters = 80;
@@ -41,17 +23,16 @@ static_assert(kHalves * kHalfThreads * (kComputerRegisters + kLoaderRegisters) <
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
+  ptx::launch_dependents();  // the merge kernel waits for our end, but may be on its way
+  prefetch_tables(params);
   const uint32_t address = ptx::shared_address(shared);
   const Tables tables{params.plan};
   if (threadIdx.x < kThreads / 2) {
     init_barriers(address);
     ptx::named_barrier(0, kThreads);  // of the block; each role comes to it by a way of its own
-    if (threadIdx.x == 0) start(params);
     ptx::raise_registers<kComputerRegisters>();
     Computer(params, tables, address).run();
-    end(params);
   } else {
-    prefetch_tables(params, threadIdx.x - kThreads / 2, kThreads / 2);
     ptx::named_barrier(0, kThreads);
     ptx::lower_registers<kLoaderRegisters>();
     Loader(params, tables, address).run();
@@ -64,11 +45,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ BlockShared block;
-  if (threadIdx.x == 0) start(params);
-  prefetch_tables(params, threadIdx.x, kThreads);
+  prefetch_tables(params);
   const Tables tables{params.plan};
   drain_all(params, tables, ptx::shared_address(shared), block);
-  end(params);
 }
 
 #endif

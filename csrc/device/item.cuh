@@ -126,13 +126,11 @@ class SlotWalk {
   int32_t next_, beyond_;
 };
 
-/// Brings the head of the plan, the slots and the lengths to L2, by `threads` threads of every block, of
-/// which this is number `thread`. Between two layers of a model they have left it, and an item's first
-/// loads are a chain: header, item, slots, K. Each block also touches every buffer, for its SM to know
-/// their pages.
-__device__ __forceinline__ void prefetch_tables(const DecodeParams& params, int thread,
-                                                int threads) {
-  switch (thread) {
+/// Brings the head of the plan, the slots and the lengths to L2, by all threads of the grid. Between two
+/// layers of a model they have left it, and an item's first loads are a chain: header, item, slots, K.
+/// Each block also touches every buffer, for its SM to know their pages.
+__device__ __forceinline__ void prefetch_tables(const DecodeParams& params) {
+  switch (threadIdx.x) {
     case 0:
       ptx::prefetch_l1(params.plan);
       break;
@@ -147,7 +145,7 @@ __device__ __forceinline__ void prefetch_tables(const DecodeParams& params, int 
       break;
   }
   constexpr int32_t kLines = 4096, kLineWords = 32;
-  const auto line = static_cast<int32_t>(blockIdx.x) * threads + thread;
+  const auto line = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
   const int32_t word = line % kLines * kLineWords;
   if (line < kLines) {
     if (word < params.plan_words) ptx::prefetch_l2(params.plan + word);

@@ -8,10 +8,10 @@ namespace pat {
 
 enum class Start {
   kInOrder,  // when the kernel before it in the stream has ended
-  // On Hopper already when the blocks of that kernel have ended or let it (ptx::launch_dependents), as
-  // its programmatic dependent. Before it reads what that kernel writes, or writes what that one uses,
-  // and before it ends, every block must wait for it itself (ptx::wait_for_previous_kernel, or for
-  // what all its blocks write last): the next kernel of the stream waits for this one only.
+  // On Hopper already when the blocks of that kernel have ended or let it (ptx::launch_dependents), as its
+  // programmatic dependent. Every block must then wait for it itself (ptx::wait_for_previous_kernel)
+  // before it reads what that kernel writes or writes what that one uses, and before it ends: the
+  // next kernel of the stream waits for this one only.
   kEarly,
 };
 

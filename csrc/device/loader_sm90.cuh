@@ -55,10 +55,8 @@ class Loader {
   /// What a stage holds of this warp: its part of an entry of all warps, or a slice of its partner.
   enum Use { kEntry, kSlice };
 
-  // Below, a shared run is too short for private runs first to pay: the warps of a wide tile await each
-  // other before it, those of both halves for a joint one. Blocks with one joint piece at most have
-  // nothing that hides this.
-  static constexpr int32_t kPrivateFirstTokens = 128, kPrivateFirstAlone = 1024;
+  // Below, a shared run is too short for the order to pay: it costs the halves of a block a rendezvous.
+  static constexpr int32_t kPrivateFirstTokens = 1024;
 
   /// The next piece of a tile, for one half or for both.
   __device__ __forceinline__ int32_t draw(const TileWork& work, int turn) const {
@@ -88,9 +86,7 @@ class Loader {
     const QueryRows query_rows(params_, tables_, item, first_row(tile, half_, warp_), kv_head);
     item.clip(params_.live_lens);
     const bool is_chain = item.first_fragment >= 0;
-    const bool private_first =
-        is_chain && piece % 2 == 1 &&
-        item.tokens() >= (is_alone(tile) ? kPrivateFirstAlone : kPrivateFirstTokens);
+    const bool private_first = is_chain && piece % 2 == 1 && item.tokens() >= kPrivateFirstTokens;
     Box box{piece, item.tokens(), item.query_rows, item.first_entry, item.head_offset, tile};
     if (is_narrow(tile)) {
       box.phases[0] = kStreams;
@@ -105,28 +101,17 @@ class Loader {
     arrive(mine_.q_full());
 
     column_ = (kv_head * kHeadDim + lane_ % kRowChunks * 8) * sizeof(Element);
-    // The slices of a narrow item are dealt in turn, without a break between what its rows share and what
-    // is their own: where this warp's next one starts.
-    int32_t offset = is_narrow(tile) ? warp_ * kSliceTokens : 0;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-      const bool is_private = (i == 0) == private_first;
-      if (!is_private) {
-        offset = load_run(item, tile, offset, early_slot);
-      } else if (is_chain) {
-        offset = load_steps(tile, piece, offset);
-      }
-      if (is_narrow(tile) ? i == 1 : is_private && is_chain) {
+      const Phase phase = i == 0 ? box.phases[0] : box.phases[1];
+      if (phase == kSharedRun || (phase == kStreams && is_narrow(tile)))
+        load_run(item, tile, early_slot);
+      if (phase == kStreams) {
+        if (is_chain) load_steps(tile, piece);
         await_empty();
         arrive_slice(kSlice, Slice::kEnd);
       }
     }
-  }
-
-  /// Whether the blocks have one piece of a joint tile each, or none.
-  __device__ bool is_alone(int tile) const {
-    return is_joint(tile) && tables_.header(kHeaderItemCount + tile) * params_.num_kv_heads <=
-                                 static_cast<int32_t>(gridDim.x);
   }
 
   /// Token of the shared run with which this warp's first slice starts.
@@ -135,10 +120,8 @@ class Loader {
   }
 
   /// The run all rows of the item share; this warp's slices of it. Slots are fetched a slice ahead;
-  /// `offset`: of a narrow item, where they start; returns where the first starts behind the run.
-  /// `early_slot`: those of first_token() on, as far as they are in the first run.
-  __device__ __forceinline__ int32_t load_run(const Item& item, int tile, int32_t offset,
-                                              int32_t early_slot) {
+  /// `early_slot`: those of the first slice as far as they are in the first run.
+  __device__ __forceinline__ void load_run(const Item& item, int tile, int32_t early_slot) {
     const bool narrow = is_narrow(tile);
     if (!narrow) stage_ = 0;
     const int32_t stride = is_joint(tile) ? kHalves * kBlockRows : kBlockRows;
@@ -149,31 +132,35 @@ class Loader {
                  ? walk.slot(tables_, params_.slots, first + lane_)
                  : 0;
     };
-    int32_t first = narrow ? offset : first_token(tile);
+    int32_t first = first_token(tile);
     // A stream has slices with tokens only, an entry has those of all four warps.
     const int32_t end = narrow ? tokens : tokens + warp_ * kSliceTokens;
-    const bool is_early = first == first_token(tile) && first + lane_ < item.first_length;
-    int32_t slot = is_early ? early_slot : fetch(first);
+    int32_t slot = first + lane_ < item.first_length ? early_slot : fetch(first);
     for (; first < end; first += stride) {
       const int32_t next_slot = fetch(first + stride);
       const int32_t valid = min(max(tokens - first, 0), kSliceTokens);
       load_slices(narrow ? kSlice : kEntry, slot, Slice::pack(valid, Slice::kAllRows, 0));
       slot = next_slot;
     }
-    return narrow ? first - whole_slices(tokens) : 0;
   }
 
-  /// The steps of the partner's own rows; of a narrow item, this warp's slices of all steps. `offset` and
-  /// what is returned: as of load_run().
+  /// The steps of the partner's own rows; of a narrow item, this warp's slices of all steps.
   /// NOTE: the item is read again, from L1, rather than kept in registers since load().
-  __device__ __forceinline__ int32_t load_steps(int tile, int32_t piece, int32_t offset) {
+  __device__ __forceinline__ void load_steps(int tile, int32_t piece) {
     Item item = item_of(tile, piece);
     item.clip(params_.live_lens);
     const int32_t first = first_row(tile, half_, warp_);
-    if (first >= ptx::uniform(item.query_rows)) return 0;
+    if (first >= ptx::uniform(item.query_rows)) return;
     int2 fragment = tables_.fragment(item.first_fragment + first / kFragmentRows);
     fragment.y = ptx::uniform(fragment.y);
-    const int32_t stride = is_narrow(tile) ? kBlockRows : kSliceTokens;
+    // A stream's next slice, from the start of a step. Slices of a narrow item are dealt in turn,
+    // without a break from the shared run to the last step.
+    int32_t offset = 0, stride = kSliceTokens;
+    if (is_narrow(tile)) {
+      stride = kBlockRows;
+      offset =
+          (warp_ * kSliceTokens - whole_slices(ptx::uniform(item.tokens()))) & (kBlockRows - 1);
+    }
     for (int32_t batch = 0; batch < fragment.y; batch += 32) {
       const int32_t count = min(fragment.y - batch, 32);
       Step mine{};  // lane l's of this batch: one latency for all of them
@@ -207,7 +194,6 @@ class Loader {
         slot = next_slot;
       }
     }
-    return is_narrow(tile) ? offset : 0;
   }
 
   /// The next item, once the computing warps have begun the previous one and have its Q.

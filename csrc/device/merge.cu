@@ -6,8 +6,7 @@
 // kernel's work counters, which is safe because launches of one stream run in order.
 //
 // It is a programmatic dependent of the forward kernel: its blocks start as those of the forward kernel
-// end, read the plan, and wait until the last of their warps has counted itself. All that is left then is to
-// read the partials once.
+// end, read the plan, and wait for the rest. All that is left then is to read the partials once.
 //
 // Large batches have few parts a pair of row and head: one warp a pair. Small batches have few pairs and,
 // after the KV split, many parts: eight warps a pair, joined through shared memory. The choice depends
@@ -25,12 +24,7 @@ constexpr int kLaneValues = kHeadDim / 32;  // 2 or 4 floats a lane
 constexpr int kInFlight = 8;                // partials a lane
 constexpr int kBlockWarps = 8;
 constexpr int32_t kPairsPerSm = 4;  // up to here eight warps a pair fill the GPU
-constexpr int kResidentBlocks = 3;  // of an SM
-// Pairs beyond are taken by the same warps. Where pairs are many a third of the room is left: a block
-// on the SM that the forward kernel frees last would be a microsecond late.
-constexpr int blocks_per_sm(int warps_per_pair) {
-  return warps_per_pair == 1 ? kResidentBlocks - 1 : kResidentBlocks;
-}
+constexpr int kResidentBlocks = 3;  // of an SM; pairs beyond are taken by the same warps
 
 /// A running combination of partials: base-2 maximum, total weight and weighted sum (of a lane).
 struct State {
@@ -167,16 +161,6 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Pair& pa
   }
 }
 
-/// Until the forward kernel has written everything.
-__device__ __forceinline__ void await_forward(const DecodeParams& params) {
-  if (threadIdx.x == 0) {
-    const int32_t started = ptx::load_acquire(params.counters + kStarted);
-    while (ptx::load_acquire(params.counters + kEnded) != started) {
-    }
-  }
-  __syncthreads();
-}
-
 template <int kWarpsPerPair>
 __global__ void __launch_bounds__(kBlockWarps * 32, kResidentBlocks)
     merge_kernel(const __grid_constant__ DecodeParams params) {
@@ -187,8 +171,8 @@ __global__ void __launch_bounds__(kBlockWarps * 32, kResidentBlocks)
   const int warp = threadIdx.x / 32;
   int32_t first = blockIdx.x * kPairsPerBlock + (kWarpsPerPair == 1 ? warp : 0);
   Pairs mine(params, first, stride);
-  await_forward(params);  // NOTE: by every block, or the grid could end before it
-  if (blockIdx.x == 0 && threadIdx.x < kNumTiles) params.counters[kDrawn + threadIdx.x] = 0;
+  ptx::wait_for_previous_kernel();  // NOTE: by every block, or the grid could end before it
+  if (blockIdx.x == 0 && threadIdx.x < kNumTiles) params.counters[threadIdx.x] = 0;
 #pragma unroll 1
   while (true) {
 #pragma unroll 1
@@ -218,8 +202,8 @@ template <int kWarpsPerPair>
 cudaError_t launch_variant(const DecodeParams& params, int32_t num_sms, cudaStream_t stream) {
   constexpr int kPairsPerBlock = kBlockWarps / kWarpsPerPair;
   const int32_t pairs = params.rows_padded * params.num_q_heads;
-  const int32_t blocks = std::min((pairs + kPairsPerBlock - 1) / kPairsPerBlock,
-                                  num_sms * blocks_per_sm(kWarpsPerPair));
+  const int32_t blocks =
+      std::min((pairs + kPairsPerBlock - 1) / kPairsPerBlock, num_sms * kResidentBlocks);
   return launch(merge_kernel<kWarpsPerPair>, blocks, kBlockWarps * 32, 0, Start::kEarly, stream,
                 params);
 }

@@ -6,19 +6,7 @@
 
 #include <cstdint>
 
-#include "plan_layout.h"
-
 namespace pat {
-
-/// Words of `counters`. Those of the tiles are zero between launches, the other two are equal.
-enum Counter : int32_t {
-  kDrawn = 0,  // [kNumTiles] pieces drawn
-  // Warps of all forward kernels so far that write output, modulo 2^32: a merge kernel begins when
-  // the two are equal.
-  kStarted = kNumTiles,
-  kEnded,
-  kNumCounters,
-};
 
 /// A CUtensorMap, of the driver's header, which device code does without.
 struct alignas(64) TensorMap {
@@ -42,7 +30,7 @@ struct DecodeParams {
   const int32_t* __restrict__ plan;       // plan words, see plan_layout.h
   const int32_t* __restrict__ slots;      // slot snapshot
   const int32_t* __restrict__ live_lens;  // [rows] true sequence lengths, -1: tail overflowed
-  int32_t* __restrict__ counters;         // [kNumCounters], see Counter
+  int32_t* __restrict__ counters;         // [kNumTiles] work counters, zero between launches
   float* __restrict__ partial_out;        // [parts, q_heads, d]
   float* __restrict__ partial_lse;        // [parts, q_heads], base 2
 

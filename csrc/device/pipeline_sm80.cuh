@@ -16,9 +16,8 @@
 namespace pat {
 
 inline constexpr int kThreads = kWarps * 32;
-inline constexpr int kBlocksPerSm = 2;   // 2 x (80 + 1) KiB of the 164 of an A100
-inline constexpr int kWorkers = 1;       // of a block
-inline constexpr int kWriters = kWarps;  // warps of a block that write output
+inline constexpr int kBlocksPerSm = 2;  // 2 x (80 + 1) KiB of the 164 of an A100
+inline constexpr int kWorkers = 1;      // of a block
 inline constexpr int kSharedBytes = 80 * 1024;
 
 // [Q of the widest tile][entry 0]...[entry kStages - 1], whatever the tile: a warp may go on to the

@@ -30,7 +30,6 @@ inline constexpr int kHalfThreads = kWarps * 32;             // of one role
 inline constexpr int kThreads = 2 * kHalves * kHalfThreads;  // [role][half][warp][lane]
 inline constexpr int kBlocksPerSm = 1;
 inline constexpr int kWorkers = kHalves;           // of a block
-inline constexpr int kWriters = kHalves * kWarps;  // warps of a block that write output
 inline constexpr int kLoaderArrivals = 33;         // 32 lanes' copies, and lane 0's word about them
 inline constexpr int kReaders = kHalves * kWarps;  // of an entry, at most; its barrier counts them
 

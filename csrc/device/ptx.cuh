@@ -294,18 +294,6 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
-/// Adds once all that this thread knows to be written, by itself or before it met others, can be seen.
-__device__ __forceinline__ void add_release(int32_t* to, int32_t value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
-
-/// What was written before the add_release() that gave this value can be seen.
-__device__ __forceinline__ int32_t load_acquire(const int32_t* from) {
-  int32_t value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
-
 /// In a programmatic dependent: waits until the previous kernel has ended and its writes are seen.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900

@@ -56,7 +56,7 @@ __device__ __forceinline__ TileWork tile_work(const DecodeParams& params, const 
 /// The next piece, by one thread of a worker.
 __device__ __forceinline__ int32_t draw_piece(const DecodeParams& params, int tile,
                                               int32_t drawn_from) {
-  return drawn_from + atomicAdd(params.counters + kDrawn + tile, 1);
+  return drawn_from + atomicAdd(params.counters + tile, 1);
 }
 
 }  // namespace pat
