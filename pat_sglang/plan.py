@@ -163,7 +163,7 @@ class DecodePlan:
         self.slots = torch.zeros(capacity.slots, dtype=torch.int32, device=device)
         self.live_lens = torch.zeros(capacity.rows, dtype=torch.int32, device=device)
         self.filled = torch.zeros(capacity.rows, dtype=torch.int32, device=device)
-        # See Counter in csrc/device/params.h.
+        # Work counters of the persistent kernel; the merge kernel leaves them zero.
         self.counters = torch.zeros(8, dtype=torch.int32, device=device)
         on_device = device.type == "cuda"
         parts = max(capacity.parts, 1) if on_device else 0
