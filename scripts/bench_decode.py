@@ -34,7 +34,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gpu_common as common
 import numpy as np
@@ -54,6 +54,13 @@ FLOORS = {1: "floor_p1", 64: "floor_p64"}  # by page size
 WRONG = 0.02  # relative error no bf16 kernel that is right comes near (they are at 0.002 to 0.005)
 ORACLE_TOKENS = 1 << 21  # tokens x KV heads the oracle reads in a cell, about
 WRITE_EVERY_S = 5.0
+
+
+class Timed(NamedTuple):
+    """A backend whose graph is replayed once more: what it allocated must live as long."""
+
+    backend: Peer
+    graph: Any  # None on a CPU
 
 
 class Bench:
@@ -171,14 +178,14 @@ class Bench:
             trusted: torch.Tensor | None = None
             floor = [] if self.cpu else [FLOORS[page]]
             rows: list[Row] = []
-            graphs: list[tuple[Row, Any]] = []
+            timed: list[tuple[Row, Timed]] = []
             for name in [*floor, *(b for b in backends if self._page_size(b) == page)]:
                 row: Row = {**common_row, "page_size": page, "backend": name}
                 row["limit_us"] = round(limit, 2)
                 rows.append(row)
                 try:
-                    out, graph = self._measure(name, case, row)
-                    graphs.append((row, graph))
+                    out, kept = self._measure(name, case, row)
+                    timed.append((row, kept))
                     if name not in FLOORS.values():
                         with self._phase("verify"):
                             self._verify(row, out, sample, reference, trusted)
@@ -188,8 +195,8 @@ class Bench:
                     if "CUDA error" in str(error):  # the context is gone: nothing later is true
                         self.rows += [{**row, **self.provenance} for row in (*cell, *rows)]
                         raise
-                out = graph = None  # type: ignore[assignment]
-            self._time_again(graphs)
+                out = None  # type: ignore[assignment]
+            self._time_again(timed)
             floor_us = rows[0].get("cold_us") if floor else None
             for row in rows[len(floor) :]:
                 row["floor_us"] = floor_us
@@ -202,13 +209,13 @@ class Bench:
                 gc.collect()
                 torch.cuda.empty_cache()
 
-    def _time_again(self, graphs: Sequence[tuple[Row, Any]]) -> None:
+    def _time_again(self, timed: Sequence[tuple[Row, Timed]]) -> None:
         """Cold times of all backends once more, of each the shorter: what disturbs a GPU for some
         milliseconds disturbs whole medians."""
         with self._phase("cold"):
-            for row, graph in graphs:
-                if graph is not None:
-                    again = common.time_cold(graph, self.flush, row["warm_us"])
+            for row, kept in timed:
+                if kept.graph is not None:
+                    again = common.time_cold(kept.graph, self.flush, row["warm_us"])
                     row["cold_us"] = round(min(row["cold_us"], again), 2)
 
     def _failed(self, row: Row, error: Exception) -> None:
@@ -225,8 +232,8 @@ class Bench:
             return Floor(page_size, self.variant)
         return PEERS[name]()
 
-    def _measure(self, name: str, case: Case, row: Row) -> tuple[torch.Tensor, Any]:
-        """Times a backend into its row; a copy of its output, and its graph (None on a CPU)."""
+    def _measure(self, name: str, case: Case, row: Row) -> tuple[torch.Tensor, Timed]:
+        """Times a backend into its row; a copy of its output, and what another replay needs."""
         backend = self._make(name, case.layout.page_size)
         with self._phase("prepare"):
             backend.prepare(case)
@@ -235,7 +242,7 @@ class Bench:
         if isinstance(backend, Pat):
             row["plan"] = backend.facts()
         if self.cpu:
-            return backend.run().clone(), None
+            return backend.run().clone(), Timed(backend, None)
         with self._phase("capture"):
             graph, out = common.capture(backend.run)
             out.fill_(math.nan)
@@ -250,7 +257,7 @@ class Bench:
             row["repeatable"] = False
         if isinstance(backend, Floor) and not torch.equal(result, case.q):
             row["error"] = "wrong: q was not copied"
-        return result, graph
+        return result, Timed(backend, graph)
 
     def _plan_us(self, backend: Peer) -> float:
         """Median host time of a plan; the device is idle before and is not waited for after."""
