@@ -255,6 +255,9 @@ class Bench:
             row["warm_us"] = round(common.time_warm(graph, expected_us), 2)
         if not torch.equal(out, result):
             row["repeatable"] = False
+            row["nan_at_first"], row["nan_at_last"] = (
+                bool(of.isnan().any()) for of in (result, out)
+            )
         if isinstance(backend, Floor) and not torch.equal(result, case.q):
             row["error"] = "wrong: q was not copied"
         return result, Timed(backend, graph)
