@@ -6,7 +6,7 @@
 A race in a kernel, or between a layer and the next, may show in one replay of a thousand. A graph
 has three layers, each with an output of its own that is filled with NaN before every replay: a
 piece that was left out shows as well as a wrong one. Before every other replay L2 is flushed. Cells
-are captured in turn, ROUNDS times, until the time is up.
+are captured in turn, ROUNDS times, until the time is up; one that had no turn is a failure too.
 
 Writes results/repeat_check-<gpu>.jsonl, a line a cell: replays, and how many of them differed; of
 the first one that did, its layer, rows, heads and whether something was missing (NaN).
@@ -102,7 +102,7 @@ class Cell:
             self.replay()
             differs = self.differs()
             for mine, out in zip(kept, self.outs, strict=True):
-                torch.where(differs, out, mine, out=mine)
+                torch.where(differs & (found == 0), out, mine, out=mine)
             found += differs
         self.replays += BATCH
         self.differed += int(found)
@@ -177,15 +177,13 @@ def main() -> None:
         planners.of(*heads_of(heads), cells[0].case.q.dtype, device)
     size = 1 << 20 if options.dry_run else common.L2_FLUSH_BYTES
     flush = torch.empty(size, dtype=torch.uint8, device=device)
-    for turn in range(1 if options.dry_run else ROUNDS):
+    for _ in range(1 if options.dry_run else ROUNDS):
         for cell in cells:
             if time.monotonic() > deadline:
                 break
             cell.capture(planners)
             if not options.dry_run:
                 cell.check(flush)
-                if cell.first and turn == 0:
-                    print(f"{cell.name}: {cell.differed} of {cell.replays} differ, {cell.first}")
     rows = [{**cell.row(), **common.provenance()} for cell in cells if cell.expected]
     if not options.dry_run:
         common.write_rows(f"repeat_check-{common.gpu_slug()}.jsonl", rows, KEY)
@@ -194,7 +192,7 @@ def main() -> None:
         print(f"NOT REPEATABLE {cell.name}: {cell.differed} of {cell.replays}, {cell.first}")
     replays = sum(cell.replays for cell in cells)
     print(f"{len(rows)} of {len(cells)} cells, {replays} replays, {len(bad)} cells that differ")
-    raise SystemExit(bool(bad))
+    raise SystemExit(bool(bad) or len(rows) < len(cells))
 
 
 if __name__ == "__main__":
