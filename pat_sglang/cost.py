@@ -116,11 +116,7 @@ H100 = CostModel(
     "random forests at five head layouts timed, then random descent on those times; the solo times "
     "are those of items that share their SM with others",
 )
-H200 = replace(
-    H100,
-    provenance="those of the H100: with memory made cheaper by the ratio of copy bandwidths, tree "
-    "10 at 64/8 took 99 us on an H200, 79 on an H100 with the plan of these",
-)
+H200 = replace(H100, provenance="those of the H100; not fitted on an H200")
 A100 = CostModel(
     num_sms=108,
     item_ps=H100.item_ps,
