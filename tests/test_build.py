@@ -58,12 +58,10 @@ MAX_REGISTERS = 255
 # Bytes of spill stores and loads in the code of decode_kernel, by kernel path, arch and head
 # dimension: a ratchet just above what ptxas 13.0 makes of it. Lower it when the kernel improves;
 # raise it only with a timing. Other kernels and configurations: none.
-# NOTE: spills of the loading warps on Hopper cost most: the stacks of 512 threads do not fit what
-# is left of L1. The sm80 path at d 128 keeps 32 query rows of a warp, 128 accumulators, beside the
-# scores of 64 tokens.
+# NOTE: on Hopper none: the stacks of 512 threads do not fit what is left of L1. The sm80 path at
+# d 128 keeps 32 query rows of a warp, 128 accumulators, beside the scores of 64 tokens.
 DECODE_SPILLS = {
     ("sm80", "8.0", 128): (88, 168),
-    ("sm90", "9.0a", 128): (12, 12),
 }
 # What an SM has: 32-bit registers, and shared memory of which every block takes 1 KiB more.
 SM_REGISTERS = 65536

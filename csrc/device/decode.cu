@@ -27,13 +27,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   prefetch_tables(params);
   const uint32_t address = ptx::shared_address(shared);
   const Tables tables{params.plan};
-  if (threadIdx.x < kThreads / 2) {
-    init_barriers(address);
-    ptx::named_barrier(0, kThreads);  // of the block; each role comes to it by a way of its own
+  const bool computes = threadIdx.x < kThreads / 2;
+  if (computes) init_barriers(address);
+  __syncthreads();
+  if (computes) {
     ptx::raise_registers<kComputerRegisters>();
     Computer(params, tables, address).run();
   } else {
-    ptx::named_barrier(0, kThreads);
     ptx::lower_registers<kLoaderRegisters>();
     Loader(params, tables, address).run();
   }

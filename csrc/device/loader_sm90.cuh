@@ -40,7 +40,7 @@ class Loader {
         piece = draw(work, turn & 1);
       }
       if (piece < work.pieces) {
-        load(ptx::uniform(work.tile), ptx::uniform(piece));
+        load(ptx::uniform(work.tile), ptx::uniform(piece), work.pieces);
         turn = turn == 2 ? 1 : turn + 1;
       } else {
         ++i;
@@ -55,8 +55,16 @@ class Loader {
   /// What a stage holds of this warp: its part of an entry of all warps, or a slice of its partner.
   enum Use { kEntry, kSlice };
 
-  // Below, a shared run is too short for the order to pay: it costs the halves of a block a rendezvous.
-  static constexpr int32_t kPrivateFirstTokens = 1024;
+  /// Whether a chain starts with its private runs. Every other one does: shared runs come from L2, private
+  /// ones from device memory, and both should be busy all the time.
+  /// NOTE: to the halves of a joint item the order costs a rendezvous. Further pieces fill it; with
+  /// none to follow, only a long run is worth it.
+  __device__ __forceinline__ static bool is_private_first(int tile, int32_t piece, int32_t pieces,
+                                                          int32_t tokens) {
+    const bool is_last = is_joint(tile) && pieces <= static_cast<int32_t>(gridDim.x);
+    return piece % 2 == 1 && tokens >= (is_last ? kLongRun : kShortRun);
+  }
+  static constexpr int32_t kLongRun = 1024, kShortRun = 128;
 
   /// The next piece of a tile, for one half or for both.
   __device__ __forceinline__ int32_t draw(const TileWork& work, int turn) const {
@@ -75,7 +83,8 @@ class Loader {
     return {tables_, tables_.header(kHeaderItemBegin + tile) + piece / params_.num_kv_heads};
   }
 
-  __device__ __forceinline__ void load(int tile, int32_t piece) {
+  /// `pieces`: of this tile.
+  __device__ __forceinline__ void load(int tile, int32_t piece, int32_t pieces) {
     Item item = item_of(tile, piece);
     const int32_t kv_head = piece % params_.num_kv_heads;
     // All that the first loads of K and Q wait for is asked for at once.
@@ -86,9 +95,9 @@ class Loader {
     const QueryRows query_rows(params_, tables_, item, first_row(tile, half_, warp_), kv_head);
     item.clip(params_.live_lens);
     const bool is_chain = item.first_fragment >= 0;
-    const bool private_first = is_chain && piece % 2 == 1 && item.tokens() >= kPrivateFirstTokens;
+    const bool private_first = is_chain && is_private_first(tile, piece, pieces, item.tokens());
     Box box{piece, item.tokens(), item.query_rows, item.first_entry, item.head_offset, tile};
-    if (is_narrow(tile)) {
+    if (is_narrow(tile)) {  // all of it is one stream of each warp
       box.phases[0] = kStreams;
       box.phases[1] = kNothing;
     } else {
@@ -103,11 +112,14 @@ class Loader {
     column_ = (kv_head * kHeadDim + lane_ % kRowChunks * 8) * sizeof(Element);
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-      const Phase phase = i == 0 ? box.phases[0] : box.phases[1];
-      if (phase == kSharedRun || (phase == kStreams && is_narrow(tile)))
+      const bool is_shared = (i == 0) != private_first;
+      if (is_shared) {
         load_run(item, tile, early_slot);
-      if (phase == kStreams) {
-        if (is_chain) load_steps(tile, piece);
+      } else if (is_chain) {
+        load_steps(tile, piece);
+      }
+      const bool ends_streams = is_narrow(tile) ? i == 1 : is_chain && !is_shared;
+      if (ends_streams) {
         await_empty();
         arrive_slice(kSlice, Slice::kEnd);
       }

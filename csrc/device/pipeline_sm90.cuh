@@ -45,9 +45,7 @@ enum Phase : int32_t { kNothing, kSharedRun, kStreams };
 struct alignas(16) Box {
   int32_t piece, tokens, query_rows, first_entry;  // piece -1: none is left
   int32_t head_offset, tile;
-  // Every other chain starts with its private runs: shared runs come from L2, private ones from
-  // device memory, and both should be busy all the time.
-  Phase phases[2];
+  Phase phases[2];  // in this order
 };
 static_assert(sizeof(Box) == 32);
 
@@ -131,7 +129,7 @@ class Pair {
   uint32_t base_;
 };
 
-/// Named barriers; 0 is that of the whole block.
+/// Named barriers; 0 is __syncthreads().
 enum Barrier : int { kLoadersOfBlock = 1, kLoadersOfHalf = 2, kComputersOfHalf = 4 };
 
 static_assert(kNumTiles == 3 && kTiles[0].rows == kFragmentRows && kTiles[1].rows == kBlockRows &&
