@@ -85,7 +85,6 @@ class Computer {
     if (lane_ == 0) ptx::store_shared(pair_.sent_slice(), slice_address());
     __syncwarp();
     combine_and_write(params_, rows, mine, rows_left, warp_, Room{*this});
-    ptx::fence_proxy_async();  // the copy engine may write next where a state was sent
     release_slice();
   }
 
@@ -233,6 +232,9 @@ class Computer {
     ptx::barrier_wait(pair_.slice_full(stage_), slices_.of(stage_));
   }
   __device__ __forceinline__ void release_slice() {
+    // The copy engine may write here next. It is not ordered behind `ldmatrix` and stores as other threads
+    // are: without the fence a slice was overtaken once in some hundred layers.
+    ptx::fence_proxy_async();
     __syncwarp();
     if (lane_ == 0) ptx::barrier_arrive(pair_.slice_empty(stage_), 1);
     slices_.advance(stage_);
