@@ -67,7 +67,7 @@ class Batch:
 
 def batches() -> list[Batch]:
     """What the constants are chosen for: unshared rows, groups like those of RL rollouts, agents on
-    a long root, long rows among short ones."""
+    a long root, trees of many levels, a long row among short ones."""
     rng = np.random.default_rng(0)
 
     def unshared(rows: int, tokens: int) -> Batch:
@@ -87,12 +87,51 @@ def batches() -> list[Batch]:
             (prompt + own).astype(np.int32),
         )
 
-    def two_levels(nodes: int, rows: int, root: int, middle: int, own: int) -> Batch:
+    def levels(widths: Sequence[int], tokens: Sequence[int]) -> Batch:
+        """Nodes of each level, the last one's being the rows; tokens of a node of each level."""
+        parent = [-1] * widths[0]
+        for level in range(1, len(widths) - 1):
+            above = sum(widths[: level - 1])
+            each = widths[level] // widths[level - 1]
+            parent += [above + node // each for node in range(widths[level])]
+        leaf = len(parent) - widths[-2] + np.arange(widths[-1]) * widths[-2] // widths[-1]
         return Batch(
-            f"{nodes} nodes of {rows} rows below a root of {root}",
-            Forest(np.array([-1] + [0] * nodes), np.array([root] + [middle] * nodes)),
-            np.repeat(np.arange(1, nodes + 1, dtype=np.int32), rows),
-            np.full(nodes * rows, root + middle + own, np.int32),
+            f"{widths} nodes of {tokens}",
+            Forest(np.array(parent), np.repeat(tokens[:-1], widths[:-1])),
+            leaf.astype(np.int32),
+            np.full(widths[-1], sum(tokens), np.int32),
+        )
+
+    def agents(count: int, root: int) -> Batch:
+        """On one root; each with up to 8 turns, below them 1 to 8 rows."""
+        parent, length, depth, leaf, lens = [-1], [root], [root], [], []
+        for _ in range(count):
+            tip = 0
+            for _ in range(rng.integers(0, 9)):
+                parent.append(tip)
+                length.append(int(np.exp(rng.uniform(math.log(16), math.log(1024)))))
+                depth.append(depth[tip] + length[-1])
+                tip = len(parent) - 1
+            for own in np.exp(rng.uniform(0, math.log(2048), rng.integers(1, 9))):
+                leaf.append(tip)
+                lens.append(depth[tip] + max(1, int(own)))
+        return Batch(
+            f"{count} agents on {root}",
+            Forest(np.array(parent), np.array(length)),
+            np.array(leaf, np.int32),
+            np.array(lens, np.int32),
+        )
+
+    def one_long(rows: int, prefix: int, longest: int) -> Batch:
+        """Every other row on the prefix, the first one long, the others of up to 1024."""
+        own = np.exp(rng.uniform(0, math.log(1024), rows))
+        own[0] = longest
+        leaf = np.arange(rows, dtype=np.int32) % 2 - 1
+        return Batch(
+            f"one of {longest} among {rows}, half of them on {prefix}",
+            Forest(np.array([-1]), np.array([prefix])),
+            leaf,
+            (own + 1 + prefix * (leaf == 0)).astype(np.int32),
         )
 
     return [
@@ -104,9 +143,18 @@ def batches() -> list[Batch]:
         groups(8, 8, 1024, 256, 8192),
         groups(8, 64, 1024, 128, 512),
         groups(32, 8, 512, 64, 2048),
-        two_levels(8, 16, 2048, 512, 256),
-        two_levels(16, 4, 8192, 128, 64),
+        groups(6, 24, 1024, 1, 16384),
+        groups(16, 12, 2048, 1, 8192),
         groups(1, 64, 8192, 16, 1024),
+        levels((1, 8, 128), (2048, 512, 256)),
+        levels((1, 16, 64), (8192, 128, 64)),
+        levels((1, 4, 256), (64, 256, 64)),
+        levels((8, 32, 512), (512, 128, 128)),
+        levels((1, 4, 16, 512), (768, 256, 128, 48)),
+        levels((1, 4, 16, 64, 512), (256, 64, 192, 64, 160)),
+        levels((1, 8, 32, 64, 128, 512), (256, 128, 64, 32, 32, 48)),
+        agents(6, 2500), agents(16, 7000), agents(40, 4000),
+        one_long(64, 256, 32768), one_long(32, 900, 16384),
     ]  # fmt: skip
 
 
