@@ -237,7 +237,8 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
     A bound of list scheduling. No plan is faster than its SM time spread over all SMs. And an item
     ends no later than it starts, plus its solo time. It starts at once if it fits on the GPU
     beside all that are as long or longer; else when the work of those before it is spread over
-    the SMs. Items of one length run in waves, which is the better bound when the GPU holds many of
+    the SMs. Where more follow than fit at once, one that starts at once lasts an eighth longer than
+    its solo time: they keep the memory busy to its end. Items of one length run in waves, which is the better bound when the GPU holds many of
     them at a time. Adding the longest solo time to the mean of all work instead would be right only
     if the longest item started last: much too pessimistic for long items that start first.
 
@@ -247,6 +248,8 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
     buckets: dict[int, list[Load]] = {}
     for load in loads:
         buckets.setdefault(_bucket(load.solo_ps), []).append(load)
+    of_all = sum(load.items * 8 // PIECES_PER_SM[load.tile] for load in loads)
+    others_follow = of_all * num_kv_heads > 8 * num_sms
     eighths = work_ps = end_ps = 0  # eighths of an SM; of the longer buckets
     for _, bucket in sorted(buckets.items(), reverse=True):
         longest_ps = max(load.solo_ps for load in bucket)
@@ -256,7 +259,7 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
         eighths += of_bucket
         work_ps += of_bucket_ps
         if eighths * num_kv_heads <= 8 * num_sms:
-            end_ps = max(end_ps, longest_ps)
+            end_ps = max(end_ps, longest_ps + (longest_ps // 8 if others_follow else 0))
             continue
         last_ps = of_bucket_ps // sum(load.items for load in bucket)
         start_ps = (work_ps * num_kv_heads - last_ps) // num_sms

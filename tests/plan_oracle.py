@@ -251,7 +251,8 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
     waves of those as long as it, behind the longer ones, whichever is earlier.
 
     As long as it: the same octave of the solo time, and the same quarter of it. What fits on the
-    GPU side by side starts at once: 2, 2 or 1 items of the three tiles on each SM.
+    GPU side by side starts at once: 2, 2 or 1 items of the three tiles on each SM; it lasts an eighth
+    longer where not all fit.
     """
     heads, num_sms = setup.shape.num_kv_heads, setup.model.num_sms
 
@@ -261,18 +262,21 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
             octave += 1
         return octave, 4 * max(load.solo_ps - 2**octave, 0) // 2**octave
 
+    def share(of: list[Load]) -> Fraction:
+        """SMs that items take."""
+        return sum((Fraction(load.items * heads, (2, 2, 1)[load.tile]) for load in of), Fraction())
+
     end = sum(load.work_ps for load in loads) * heads // num_sms
     for of in {length(load) for load in loads}:
         same = [load for load in loads if length(load) == of]
         first = [load for load in loads if length(load) >= of]
         longest = max(load.solo_ps for load in same)
-        ends = [longest]
-        if sum(Fraction(load.items * heads, (2, 2, 1)[load.tile]) for load in first) > num_sms:
+        ends = [longest if share(loads) <= num_sms else longest * 9 // 8]
+        if share(first) > num_sms:
             work = sum(load.work_ps for load in same) * heads
             last = work // (sum(load.items for load in same) * heads)
             before = sum(load.work_ps for load in first) * heads
-            share = sum(Fraction(load.items * heads, (2, 2, 1)[load.tile]) for load in same)
-            waves = math.ceil(share / num_sms)
+            waves = math.ceil(share(same) / num_sms)
             ends = [(before - last) // num_sms + longest]
             ends.append((before - work) // num_sms + waves * longest)
         end = max(end, min(ends))
