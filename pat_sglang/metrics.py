@@ -58,9 +58,9 @@ class Metrics:
         }
         self._gauges: dict[str, float | int | str] = {}
 
-    def repeated(self) -> Repeated:
-        """For an owner to count its steps in."""
-        self._repeated.append(Repeated())
+    def repeated(self, step: Mapping[str, int] | None = None) -> Repeated:
+        """For an owner to count its steps in; ``step``: what each of them adds at first."""
+        self._repeated.append(Repeated(step or {}))
         return self._repeated[-1]
 
     def change(self, steps: Repeated, step: Mapping[str, int], no_sharing: str | None) -> None:

@@ -64,7 +64,10 @@ class PatState:
     capturing: bool = False
     in_base: bool = False  # the base is preparing its metadata; its own nested calls are not ours
     best: BestPlan | None = None
-    kept_steps: Repeated = field(default_factory=METRICS.repeated)  # that keep the plans
+    # Steps: all that have real plans, those that made them, those that kept them.
+    steps: Repeated = field(default_factory=METRICS.repeated)
+    made: Repeated = field(default_factory=lambda: METRICS.repeated({"plans_made": 1}))
+    kept: Repeated = field(default_factory=lambda: METRICS.repeated({"plans_kept": 1}))
     base_pending: Any = None  # eager batch whose base metadata has not been prepared
 
 
@@ -250,16 +253,16 @@ class PatMixin(AttentionBackend):
             state.planned_version = 0 if structure is None else structure.version
             if real:
                 self._pat_count(structure)
+                state.feed.check_fired()  # a step that keeps its plan has been seen by the hook
             else:
                 METRICS.count("dummy_plans")
         else:
-            state.kept_steps.times += 1
+            state.steps.times += 1
+            state.kept.times += 1
         if state.validate:
             seq_lens, req_to_token, indices = tensors
             for plan in state.plans.values():
                 plan.validate(req_to_token, indices, seq_lens)
-        if real:
-            state.feed.check_fired()
 
     def _pat_host_lens(self, forward_batch: Any, rows: int) -> npt.NDArray[Any]:
         """[rows] sequence lengths on the host; only a step nobody knows synchronises for them."""
@@ -273,25 +276,24 @@ class PatMixin(AttentionBackend):
         return forward_batch.seq_lens[:rows].cpu().numpy()
 
     def _pat_count(self, structure: BatchStructure | None) -> None:
-        """A step with a new plan, and what steps that keep it will count."""
+        """A step with a new plan, and what steps that keep it will count too."""
         state = self._pat
         plan = next(iter(state.plans.values()))
         header = plan.header
-        reason = "the hook did not see this step" if structure is None else structure.no_sharing
-        if reason is not None:
-            METRICS.count_reason("no_sharing", reason)
+        planned, unshared = header[H_PLANNED_TOKENS], header[H_UNSHARED_TOKENS]
         step = {
             "shared_segments": header[H_SHARED_PACKS],
-            "planned_kv_tokens": header[H_PLANNED_TOKENS],
-            "unshared_kv_tokens": header[H_UNSHARED_TOKENS],
+            "planned_kv_tokens": planned,
+            "unshared_kv_tokens": unshared,
         }
-        METRICS.change(state.kept_steps, {"plans_kept": 1, **step}, reason)
-        step["plans_made"] = 1
-        step["slots_compared"] = int(plan.slots_compared)
-        step["plans_unshared"] = int(header[H_RUNS] > 0 and not header[H_SHARING])
-        for name, by in step.items():
-            METRICS.count(name, by)
+        reason = "the hook did not see this step" if structure is None else structure.no_sharing
+        METRICS.change(state.steps, step, reason)
+        state.steps.times = 1
+        state.made.times += 1
+        if plan.slots_compared:
+            METRICS.count("slots_compared")
+        if header[H_RUNS] > 0 and not header[H_SHARING]:
+            METRICS.count("plans_unshared")
         best = state.best
-        saved = header[H_UNSHARED_TOKENS] - header[H_PLANNED_TOKENS]
-        if best is None or saved > best.tokens_saved:
-            state.best = BestPlan(saved, plan.host_words.copy())
+        if best is None or unshared - planned > best.tokens_saved:
+            state.best = BestPlan(unshared - planned, plan.host_words.copy())

@@ -30,14 +30,15 @@ class StructureFeed:
 
     def __init__(self) -> None:
         self.tracker = StructureTracker()
-        self.fired = 0
+        self.fired = False
+        self._seen = METRICS.repeated({"hook_fired": 1})
         self._pending: Any = None  # the ScheduleBatch of the decode step to come
         self._checked = False
 
     def on_forward(self, batch: Any) -> None:
         """A ForwardBatch was just made from this ScheduleBatch."""
-        self.fired += 1
-        METRICS.count("hook_fired")
+        self.fired = True
+        self._seen.times += 1
         if batch.forward_mode.is_decode() and batch.spec_info is None:
             self._pending = batch
         else:
@@ -53,8 +54,10 @@ class StructureFeed:
 
     def expected(self, rows: int) -> BatchStructure | None:
         """What ``take`` will most likely return, if that is the structure of the last step."""
-        reqs = self.reqs
-        return None if reqs is None or len(reqs) != rows else self.tracker.expected(reqs)
+        batch = self._pending
+        if batch is None or len(batch.reqs) != rows:
+            return None
+        return self.tracker.expected(batch.reqs)
 
     def take(self, host_lens: npt.NDArray[Any]) -> BatchStructure | None:
         """The structure of a decode step whose live rows are so long, once; None: not known."""
@@ -68,7 +71,7 @@ class StructureFeed:
         return self.tracker.observe(batch, host_lens)
 
     def check_fired(self) -> None:
-        """Called at real decode steps: SGLang swallows hooks that failed to install.
+        """Called at real steps with a new plan: SGLang swallows hooks that failed to install.
 
         Raises:
             RuntimeError: the hook never fired, under PAT_SGLANG_STRICT.
