@@ -237,10 +237,11 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
     A bound of list scheduling. No plan is faster than its SM time spread over all SMs. And an item
     ends no later than it starts, plus its solo time. It starts at once if it fits on the GPU
     beside all that are as long or longer; else when the work of those before it is spread over
-    the SMs. Where more follow than fit at once, one that starts at once lasts an eighth longer than
-    its solo time: they keep the memory busy to its end. Items of one length run in waves, which is the better bound when the GPU holds many of
-    them at a time. Adding the longest solo time to the mean of all work instead would be right only
-    if the longest item started last: much too pessimistic for long items that start first.
+    the SMs. While others keep the memory busy, up to the mean of all work, it lasts an eighth
+    longer than its solo time. Items of one length run in waves, which is the better bound when the
+    GPU holds many of them at a time. Adding the longest solo time to the mean of all work instead
+    would be right only if the longest item started last: much too pessimistic for long items that
+    start first.
 
     To be spared a sort, items are as long as each other if their solo times are in the same quarter
     octave; the last of them then starts behind all the others, and is the longest.
@@ -248,9 +249,8 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
     buckets: dict[int, list[Load]] = {}
     for load in loads:
         buckets.setdefault(_bucket(load.solo_ps), []).append(load)
-    of_all = sum(load.items * 8 // PIECES_PER_SM[load.tile] for load in loads)
-    others_follow = of_all * num_kv_heads > 8 * num_sms
-    eighths = work_ps = end_ps = 0  # eighths of an SM; of the longer buckets
+    at_once_ps = end_ps = 0  # the longest that starts at once; the last end of the others
+    eighths = work_ps = 0  # eighths of an SM; of the longer buckets
     for _, bucket in sorted(buckets.items(), reverse=True):
         longest_ps = max(load.solo_ps for load in bucket)
         of_bucket = sum(load.items * 8 // PIECES_PER_SM[load.tile] for load in bucket)
@@ -259,13 +259,14 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
         eighths += of_bucket
         work_ps += of_bucket_ps
         if eighths * num_kv_heads <= 8 * num_sms:
-            end_ps = max(end_ps, longest_ps + (longest_ps // 8 if others_follow else 0))
+            at_once_ps = max(at_once_ps, longest_ps)
             continue
         last_ps = of_bucket_ps // sum(load.items for load in bucket)
         start_ps = (work_ps * num_kv_heads - last_ps) // num_sms
         waves = -(-of_bucket * num_kv_heads // (8 * num_sms))
         end_ps = max(end_ps, min(start_ps + longest_ps, before_ps + waves * longest_ps))
-    return max(work_ps * num_kv_heads // num_sms, end_ps)
+    mean_ps = work_ps * num_kv_heads // num_sms
+    return max(mean_ps, at_once_ps, min(mean_ps, at_once_ps) * 9 // 8, end_ps)
 
 
 class _Pricer:

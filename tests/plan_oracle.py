@@ -251,8 +251,8 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
     waves of those as long as it, behind the longer ones, whichever is earlier.
 
     As long as it: the same octave of the solo time, and the same quarter of it. What fits on the
-    GPU side by side starts at once: 2, 2 or 1 items of the three tiles on each SM; it lasts an eighth
-    longer where not all fit.
+    GPU side by side starts at once: 2, 2 or 1 items of the three tiles on each SM; up to the mean
+    of all work it lasts an eighth longer.
     """
     heads, num_sms = setup.shape.num_kv_heads, setup.model.num_sms
 
@@ -266,12 +266,12 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
         """SMs that items take."""
         return sum((Fraction(load.items * heads, (2, 2, 1)[load.tile]) for load in of), Fraction())
 
-    end = sum(load.work_ps for load in loads) * heads // num_sms
+    mean = end = sum(load.work_ps for load in loads) * heads // num_sms
     for of in {length(load) for load in loads}:
         same = [load for load in loads if length(load) == of]
         first = [load for load in loads if length(load) >= of]
         longest = max(load.solo_ps for load in same)
-        ends = [longest if share(loads) <= num_sms else longest * 9 // 8]
+        ends = [max(longest, min(longest, mean) * 9 // 8)]
         if share(first) > num_sms:
             work = sum(load.work_ps for load in same) * heads
             last = work // (sum(load.items for load in same) * heads)

@@ -338,12 +338,15 @@ def test_short_root_is_taken_along_by_the_groups_below() -> None:
         ([(0, 20, 500, 1000)], 1, 500),
         ([(0, 21, 500, 210)], 1, (210 - 10) // 10 + 500),
         ([(2, 10, 500, 9000)], 1, 900),  # never faster than all work spread over the SMs
+        # What starts at once lasts longer while memory is busy: up to 900 here.
+        ([(2, 10, 880, 9000)], 1, 880 + 110),
+        ([(2, 10, 1000, 9000)], 1, 900 * 9 // 8),
+        ([(2, 10, 1013, 9000)], 1, 1013),
         # Shorter items wait for longer ones, longer ones for none: 448 and 511 are of one bucket.
         ([(2, 10, 512, 1000), (2, 10, 511, 1000)], 1, 1000 // 10 + 511),
-        # Those that start at once last longer beside others that follow.
-        ([(2, 10, 100, 1000), (2, 10, 512, 1000)], 1, 512 + 64),
+        ([(2, 10, 100, 1000), (2, 10, 512, 1000)], 1, 512),
         ([(2, 10, 511, 1000), (2, 10, 448, 2000)], 1, (3000 - 150) // 10 + 511),
-        ([(2, 10, 511, 1000), (2, 10, 447, 2000)], 1, 511 + 63),
+        ([(2, 10, 511, 1000), (2, 10, 447, 2000)], 1, 1000 // 10 + 447),
         ([(2, 9, 900, 900), (1, 2, 500, 100)], 1, 900),  # two share the SM that is left
         ([(2, 9, 900, 900), (1, 3, 500, 9000)], 1, 900 + 112),
         ([(2, 9, 900, 900), (1, 3, 500, 9900)], 1, 10800 // 10),
@@ -384,7 +387,8 @@ def test_a_chain_leaves_no_partial() -> None:
     assert words[layout.H_PLANNED_TOKENS] == 640 + 64 + 4 * 10 + 4 * 20
     work = 20 + 640 * 3 + (64 + 40 + 80) * 3 + 9 * 7
     solo = 200 + 640 * 2 + 4 * (64 + 40) * 2  # a warp alone reads the longer fragment
-    assert packing_of(batch, setup).predicted_ps == max(work, solo) == work
+    assert solo < work  # nearly all of the memory's time: it lasts an eighth longer
+    assert packing_of(batch, setup).predicted_ps == solo * 9 // 8
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 40, 64])

@@ -28,10 +28,8 @@ class Schedule {
   /// time together, partials included.
   void add(int32_t tile, int64_t items, int64_t solo_ps, int64_t work_ps) {
     const int32_t index = bucket_of(solo_ps);
-    const int64_t eighths = items * (8 / kPiecesPerSm[tile]);
     Bucket& bucket = buckets_[index];
-    bucket.eighths += eighths;
-    eighths_ += eighths;
+    bucket.eighths += items * (8 / kPiecesPerSm[tile]);
     bucket.items += items;
     bucket.work_ps += work_ps;
     bucket.longest_ps = std::max(bucket.longest_ps, solo_ps);
@@ -41,8 +39,8 @@ class Schedule {
 
   /// When all are done, longest first, for every KV head.
   int64_t predict(int64_t num_kv_heads, int64_t num_sms) const {
-    const bool others_follow = eighths_ * num_kv_heads > 8 * num_sms;
-    int64_t eighths = 0, work_ps = 0, end_ps = 0;  // of the longer buckets
+    int64_t at_once_ps = 0, end_ps = 0;  // the longest that starts at once; the last of the others
+    int64_t eighths = 0, work_ps = 0;    // of the longer buckets
     for (int32_t i = highest_; i >= lowest_; --i) {
       const Bucket& bucket = buckets_[i];
       if (bucket.items == 0) continue;
@@ -50,8 +48,7 @@ class Schedule {
       eighths += bucket.eighths;
       work_ps += bucket.work_ps;
       if (eighths * num_kv_heads <= 8 * num_sms) {
-        const int64_t beside_ps = others_follow ? bucket.longest_ps / 8 : 0;
-        end_ps = std::max(end_ps, bucket.longest_ps + beside_ps);
+        at_once_ps = std::max(at_once_ps, bucket.longest_ps);
         continue;
       }
       const int64_t start_ps =
@@ -66,7 +63,9 @@ class Schedule {
       }
       end_ps = std::max(end_ps, std::min(start_ps + bucket.longest_ps, in_waves_ps));
     }
-    return std::max(mul_div(work_ps, num_kv_heads, num_sms), end_ps);
+    const int64_t mean_ps = mul_div(work_ps, num_kv_heads, num_sms);
+    const int64_t beside_ps = mul_div(std::min(mean_ps, at_once_ps), 9, 8);
+    return std::max({mean_ps, at_once_ps, beside_ps, end_ps});
   }
 
   /// Takes over the work items of another schedule instead of its own.
@@ -77,7 +76,6 @@ class Schedule {
               buckets_ + other.lowest_);
     lowest_ = other.lowest_;
     highest_ = other.highest_;
-    eighths_ = other.eighths_;
   }
 
   /// Forgets all work items.
@@ -85,7 +83,6 @@ class Schedule {
     if (lowest_ <= highest_) std::fill(buckets_ + lowest_, buckets_ + highest_ + 1, Bucket{});
     lowest_ = kNumBuckets;
     highest_ = -1;
-    eighths_ = 0;
   }
 
  private:
@@ -107,7 +104,6 @@ class Schedule {
   Bucket buckets_[kNumBuckets] = {};
   int32_t lowest_ = kNumBuckets;
   int32_t highest_ = -1;
-  int64_t eighths_ = 0;  // of all buckets
 };
 
 }  // namespace pat
