@@ -164,7 +164,7 @@ def main() -> None:
     )
     parser.add_argument("--cells", default="", help="numbers of published trees")
     parser.add_argument("--heads", default=",".join(HEADS))
-    parser.add_argument("--pages", default="64,1")
+    parser.add_argument("--pages", default="64,16,1")
     parser.add_argument("--budget-s", type=float, default=math.inf)
     parser.add_argument("--dry-run", action="store_true", help="no GPU: one run of each cell")
     options = parser.parse_args()

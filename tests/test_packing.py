@@ -387,7 +387,7 @@ def test_a_chain_leaves_no_partial() -> None:
     assert words[layout.H_PLANNED_TOKENS] == 640 + 64 + 4 * 10 + 4 * 20
     work = 20 + 640 * 3 + (64 + 40 + 80) * 3 + 9 * 7
     solo = 200 + 640 * 2 + 4 * (64 + 40) * 2  # a warp alone reads the longer fragment
-    assert solo < work  # nearly all of the memory's time: it lasts an eighth longer
+    assert solo < work < solo * 9 // 8  # it starts at once, and others keep the memory busy
     assert packing_of(batch, setup).predicted_ps == solo * 9 // 8
 
 

@@ -187,6 +187,7 @@ class ItemAttention {
     __device__ uint32_t state(int warp) const {
       return ptx::shared_address(&item.block_.mailboxes[warp].sent);
     }
+    __device__ void release() const { sync(); }
     __device__ void sync() const { __syncthreads(); }
   };
 

@@ -79,13 +79,14 @@ __device__ __forceinline__ void combine_and_write_half(const DecodeParams& param
   send_state<kHalf>(rows, room.slice(warp), room.state(warp));
   room.sync();
   const Quarter all(room, warp, params.scale_log2);
-  room.sync();
+  room.release();
   write_row<Quarter::kBlocks>(params, mine, kHalf, rows_left, warp * Quarter::kBlocks, all.top,
                               all.sum, [&](int n) { return all.out[n]; });
 }
 
 /// By all warps, for a narrow item of `rows_left` query rows. `room`: slice(w) and state(w) are addresses of
-/// what warp w has to send its state in, sync() is a barrier of the warps.
+/// what warp w has to send its state in, sync() is a barrier of the warps, and release() is one behind which
+/// the owner of a slice may hand it on.
 template <typename Room>
 __device__ __forceinline__ void combine_and_write(const DecodeParams& params, const RowBlock& rows,
                                                   const FinishedRow& mine, int32_t rows_left,

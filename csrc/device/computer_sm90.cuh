@@ -121,6 +121,10 @@ class Computer {
     __device__ void sync() const {
       ptx::named_barrier(kComputersOfHalf + computer.half_, kHalfThreads);
     }
+    __device__ void release() const {
+      ptx::fence_proxy_async();  // by all who have read it, see release_slice()
+      sync();
+    }
   };
 
   __device__ uint32_t slice_address() const { return mine_.entry(stage_) + warp_ * kSliceBytes; }
@@ -232,8 +236,9 @@ class Computer {
     ptx::barrier_wait(pair_.slice_full(stage_), slices_.of(stage_));
   }
   __device__ __forceinline__ void release_slice() {
-    // The copy engine may write here next. It is not ordered behind `ldmatrix` and stores as other threads
-    // are: without the fence a slice was overtaken once in some hundred layers.
+    // The copy engine may write here next, and the arrival may leave while `ldmatrix` are in flight: what
+    // other threads do is ordered behind them, what the engine does is not. Without the fence it overtook
+    // them once in some hundred layers.
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane_ == 0) ptx::barrier_arrive(pair_.slice_empty(stage_), 1);

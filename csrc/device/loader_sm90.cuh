@@ -55,16 +55,17 @@ class Loader {
   /// What a stage holds of this warp: its part of an entry of all warps, or a slice of its partner.
   enum Use { kEntry, kSlice };
 
-  /// Whether a chain starts with its private runs. Every other one does: shared runs come from L2, private
-  /// ones from device memory, and both should be busy all the time.
-  /// NOTE: to the halves of a joint item the order costs a rendezvous. Further pieces fill it; with
-  /// none to follow, only a long run is worth it.
+  static constexpr int32_t kLongRun = 1024, kShortRun = 128;  // tokens
+
+  /// Whether a chain starts with its private runs. Every other one does: shared runs come from L2,
+  /// private ones from device memory, and both should be busy all the time.
+  /// NOTE: to the halves of a joint item the order costs a rendezvous. The next such piece fills it;
+  /// where no block has a second one, only a long run is worth it.
   __device__ __forceinline__ static bool is_private_first(int tile, int32_t piece, int32_t pieces,
                                                           int32_t tokens) {
-    const bool is_last = is_joint(tile) && pieces <= static_cast<int32_t>(gridDim.x);
-    return piece % 2 == 1 && tokens >= (is_last ? kLongRun : kShortRun);
+    const bool is_only_round = is_joint(tile) && pieces <= static_cast<int32_t>(gridDim.x);
+    return piece % 2 == 1 && tokens >= (is_only_round ? kLongRun : kShortRun);
   }
-  static constexpr int32_t kLongRun = 1024, kShortRun = 128;
 
   /// The next piece of a tile, for one half or for both.
   __device__ __forceinline__ int32_t draw(const TileWork& work, int turn) const {

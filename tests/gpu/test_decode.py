@@ -461,21 +461,26 @@ def test_same_chains_same_bits(make_planner):
         assert torch.equal(first.view(torch.int16), run(case, plan).view(torch.int16))
 
 
-@pytest.mark.parametrize("page_size", [1, 64])
-@pytest.mark.parametrize("heads", [(64, 8), (32, 8)])
-def test_many_runs_of_chains_are_the_same_bits(make_planner, heads, page_size):
-    # A slice of the ring that is written before it has been read shows in one layer of hundreds.
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("query_rows", CHAIN_ROWS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_runs_of_chains_are_the_same_bits(make_planner, head_dim, query_rows, page_size):
+    # Every worker has several pieces, some of which start with their private runs. A slice of the
+    # ring that is written before it has been read shows in one layer of hundreds.
     parent = (np.arange(1 + 4 + 16 + 64 + 256) - 1) // 4
     forest = Forest(parent, np.repeat((256, 32, 256, 64, 32), (1, 4, 16, 64, 256)))
     leaves = parent.size - 256 + np.arange(512, dtype=np.int32) // 2
     batch = (forest, leaves, np.full(512, 640 + 200))
-    case = cuda_case(heads, 128, *batch, page_size=page_size)
-    plan = plan_case(make_planner(*heads, 128), case)
-    assert plan.stats.chains > 0
+    case = cuda_case((64, 8), head_dim, *batch, page_size=page_size)
+    plan = plan_case(with_chains(make_planner(64, 8, head_dim), query_rows), case)
+    items = 4096 // query_rows
+    assert plan.stats.chains == plan.stats.items[f"{query_rows}x64"] == items
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    assert 8 * items > (sms if query_rows == 128 else 2 * sms)
     first, differs = run(case, plan), torch.zeros((), dtype=torch.bool, device="cuda")
     assert_close(first, case)
     out = torch.empty_like(first)
-    for _ in range(1000):
+    for _ in range(500):
         pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale, out=out)
         differs |= (out != first).any()
     assert not differs

@@ -431,6 +431,16 @@ def test_a_step_the_hook_missed_is_right_and_reported(fixture, caplog):
     assert counts("no_sharing") == ({"the hook did not see this step": 1},)
 
 
+def test_a_hook_that_never_fires_stops_a_strict_server(fixture, monkeypatch):
+    monkeypatch.setenv("PAT_SGLANG_STRICT", "1")
+    req = fixture.scheduler.serve(SYSTEM)
+    fixture.prefill(req)
+    with pytest.raises(RuntimeError, match="never fired"):
+        fixture.backend.init_forward_metadata(
+            fixture.forward_batch(fixture.scheduler.decode([req]))
+        )
+
+
 # -- layers on the base ---------------------------------------------------------------------------
 
 
