@@ -70,6 +70,9 @@ def batches() -> list[Batch]:
     a long root, trees of many levels, a long row among short ones."""
     rng = np.random.default_rng(0)
 
+    def log_uniform(shortest: int, longest: int, count: int) -> np.ndarray:
+        return np.exp(rng.uniform(math.log(shortest), math.log(longest), count))
+
     def unshared(rows: int, tokens: int) -> Batch:
         return Batch(
             f"{rows} rows of {tokens}",
@@ -79,7 +82,7 @@ def batches() -> list[Batch]:
         )
 
     def groups(count: int, rows: int, prompt: int, shortest: int, longest: int) -> Batch:
-        own = np.exp(rng.uniform(math.log(shortest), math.log(longest), count * rows))
+        own = log_uniform(shortest, longest, count * rows)
         return Batch(
             f"{count} groups of {rows} on {prompt}, {shortest} to {longest} of their own",
             Forest(np.full(count, -1), np.full(count, prompt)),
@@ -109,12 +112,12 @@ def batches() -> list[Batch]:
             tip = 0
             for _ in range(rng.integers(0, 9)):
                 parent.append(tip)
-                length.append(int(np.exp(rng.uniform(math.log(16), math.log(1024)))))
+                length.append(int(log_uniform(16, 1024, 1)[0]))
                 depth.append(depth[tip] + length[-1])
                 tip = len(parent) - 1
-            for own in np.exp(rng.uniform(0, math.log(2048), rng.integers(1, 9))):
+            for own in log_uniform(1, 2048, int(rng.integers(1, 9))):
                 leaf.append(tip)
-                lens.append(depth[tip] + max(1, int(own)))
+                lens.append(depth[tip] + int(own))
         return Batch(
             f"{count} agents on {root}",
             Forest(np.array(parent), np.array(length)),
@@ -124,7 +127,7 @@ def batches() -> list[Batch]:
 
     def one_long(rows: int, prefix: int, longest: int) -> Batch:
         """Every other row on the prefix, the first one long, the others of up to 1024."""
-        own = np.exp(rng.uniform(0, math.log(1024), rows))
+        own = log_uniform(1, 1024, rows)
         own[0] = longest
         leaf = np.arange(rows, dtype=np.int32) % 2 - 1
         return Batch(

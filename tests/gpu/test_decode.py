@@ -402,6 +402,8 @@ def test_private_runs_before_a_shared_run(
     plan = plan_case(with_chains(make_planner(*heads, head_dim), query_rows), case)
     plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
     assert plan.stats.chains > 0 and plan.stats.splits == 0
+    is_wide = any(not tile.startswith("16x") for tile in plan.stats.items)
+    assert is_wide == (query_rows > 16)
     assert_close(run(case, plan), case)
 
 
