@@ -29,9 +29,8 @@
 #        carry [".carry"]                           bash scripts/gpu_session.sh serving
 #                                                   bash scripts/gpu_session.sh features   (likewise)
 #
-# Seconds on an H100 host: start 30, parts 35 together, unpack 60; kernels 12, repeat 5 more than its budget, sanitize 4 a tool,
-# floor 25, bench --suite all 90 (PAT and the floors alone 45), regret 20, ablation 10, host 45; load 120 until the first
-# servers are ready (35 with jit-cache.tgz), then 15 a point of two backends.
+# Seconds it took on H100 hosts: parts 35 together, kernels 17, repeat 5 more than its budget, sanitize with synccheck alone 8,
+# bench --suite all 90 with all peers, regret 20, ablation 10, host 45.
 #
 # Whatever follows a subcommand goes to its Python script. Results land in results/ there and in $OUT,
 # which comes back: copy them to results/ here.
