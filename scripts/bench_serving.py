@@ -20,7 +20,9 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import json
+import random
 import re
 import signal
 import statistics
@@ -59,6 +61,7 @@ KEPT_TIMES = {
 }  # fmt: skip
 LOGGED_STEPS = 16  # a line each
 MOST_SILENT = 0.01  # of the requests
+SEED = "1"
 COUNTED = ("plans_made", "plans_kept", "planned_kv_tokens", "unshared_kv_tokens")
 
 
@@ -75,7 +78,8 @@ class Record(dict[str, Any]):
 def load_serving() -> Any:
     """``sglang.bench_serving`` as a module that reads Mooncake's trace and makes requests once.
 
-    Making them anew for every run would take as long as some runs do, with the GPU idle.
+    Making them anew for every run would take as long as some runs do, with the GPU idle. And with
+    ``--tokenize-prompt`` it sends token ids for datasets that only make text.
     """
     from sglang.benchmark import serving
     from sglang.benchmark.datasets.mooncake import MooncakeDataset
@@ -91,17 +95,44 @@ def load_serving() -> Any:
     made: dict[str, Any] = {}
 
     @functools.wraps(get_dataset)
-    def get_requests(args: argparse.Namespace, *more: Any, **options: Any) -> Any:
-        key = str({name: value for name, value in vars(args).items() if name != "base_url"})
+    def get_requests(args: argparse.Namespace, tokenizer: Any, *more: Any) -> Any:
+        of_requests = ("dataset", "gsp", "random", "sharegpt", "mooncake", "num_prompts", "seed")
+        options = {k: v for k, v in vars(args).items() if k.startswith((*of_requests, "tokenize"))}
+        key = str(sorted(options.items()))
         if key not in made:
-            made[key] = get_dataset(args, *more, **options)
+            random.seed(args.seed)
+            np.random.seed(args.seed)
+            ids = args.tokenize_prompt
+            changes = {"tokenize_prompt": False, "gsp_fast_prepare": True} if ids else {}
+            made[key] = get_dataset(argparse.Namespace(**vars(args) | changes), tokenizer, *more)
+            if ids:
+                prompts = tokenizer([request.prompt for request in made[key]])["input_ids"]
+                for request, prompt in zip(made[key], prompts, strict=True):
+                    request.prompt = prompt
         np.random.seed(args.seed)  # arrivals are drawn next, and are the same in every run
-        return copy.deepcopy(made[key])
+        prompts = {id(request.prompt): request.prompt for request in made[key]}
+        return copy.deepcopy(made[key], prompts)  # all but the prompts, which are many numbers
 
     MooncakeDataset.load = load_records
     serving.get_dataset = get_requests
     serving.get_tokenizer = functools.cache(serving.get_tokenizer)
     return serving
+
+
+def make_requests(point: Point, tokenizer: Path, folder: Path) -> None:
+    """Make the requests of a point before its first run."""
+    serving = load_serving()
+    run_benchmark = serving.run_benchmark
+    serving.run_benchmark = lambda args: serving.get_dataset(
+        args, serving.get_tokenizer(str(tokenizer)), None
+    )
+    sys.argv = ["bench_serving", "--backend", "sglang", "--seed", SEED]
+    sys.argv += point.arguments(tokenizer, folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            serving.cli_main()
+    finally:
+        serving.run_benchmark = run_benchmark
 
 
 def backend_of(name: str) -> tuple[str, int]:
@@ -157,7 +188,7 @@ class Contender(Server):
         output = self.folder / "bench.json"
         output.unlink(missing_ok=True)
         command = ["--backend", "sglang", "--base-url", self.url, "--tokenizer", str(tokenizer)]
-        command += ["--warmup-requests", "0", "--seed", "1", "--disable-tqdm", "--output-details"]
+        command += ["--warmup-requests", "0", "--seed", SEED, "--disable-tqdm", "--output-details"]
         command += ["--output-file", str(output), *point.arguments(tokenizer, self.folder)]
         self.flush()  # bench_serving's own --flush-cache fails when its warm-up is not quite gone
         before = self.pat_state()
@@ -226,7 +257,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         sys.exit(f"no point of {options.points}: {[p.name for p in (smoke, *others)]}")
     servers = [Contender(name, model, options, folder) for name in options.backends]
     try:
-        load_serving()  # imports for many seconds, while the servers start
+        for point in (smoke, *chosen):  # takes many seconds, while the servers start
+            make_requests(point, tokenizer, folder)
         for server in servers:
             print(f"{server.name}: ready after {server.wait(START_PATIENCE_S):.0f} s", flush=True)
             info = server.call("/get_server_info")

@@ -39,6 +39,9 @@ class Point:
         runs: how often it is run in a round of the benchmark.
         times: what of its times means something: "tokens", "first token", or "none": answers come
             whole, as RL frameworks ask for them.
+        ids: prompts are sent as token ids, as RL frameworks and routers do. One process tokenizes
+            a million tokens for seconds, so that as text the requests of a long prompt arrive one
+            after the other, and the first are done before the last begin.
     """
 
     workload: str
@@ -49,6 +52,7 @@ class Point:
     rows: Callable[[Any], list[str]] | None = None
     runs: int = 1
     times: str = "tokens"
+    ids: bool = False
 
     @property
     def name(self) -> str:
@@ -70,13 +74,18 @@ class Point:
         if self.concurrency is not None:
             options["max-concurrency"] = self.concurrency
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        if self.ids:
+            words.append("--tokenize-prompt")
         return [*words, "--disable-stream"] if self.times == "none" else words
 
 
 def points(trace: Path) -> list[Point]:
     """Every point there is, the smallest first; ``trace``: Mooncake's conversation trace."""
     return [
-        _shared_prefix("smoke", groups=2, samples=4, system=256, question=16, output=16),
+        replace(
+            _shared_prefix("smoke", groups=2, samples=4, system=256, question=16, output=16),
+            ids=True,
+        ),
         # The two of anchors.md.
         _shared_prefix("prefix-4x32-4k", groups=4, samples=32, system=4096),
         _shared_prefix("prefix-1x128-8k", groups=1, samples=128, system=8192),
@@ -85,6 +94,7 @@ def points(trace: Path) -> list[Point]:
             replace(
                 _shared_prefix(f"{name}-8x{samples}", 8, samples, 1024, question=8, output=output),
                 times=times,
+                ids=True,
             )
             for name, times in (("grpo", "tokens"), ("rollout", "none"))
             for samples, output in ((16, 512), (64, 128))
@@ -94,10 +104,14 @@ def points(trace: Path) -> list[Point]:
             _shared_prefix("burst-8x16", 8, 16, 1024, question=8, output=8),
             runs=4,
             times="first token",
+            ids=True,
         ),
         # One system prompt at three loads.
         *(
-            _shared_prefix(f"system-{name}", 1, 2 * running, tokens, concurrency=running)
+            replace(
+                _shared_prefix(f"system-{name}", 1, running, tokens, concurrency=running),
+                ids=True,
+            )
             for name, tokens in (("2.5k", 2560), ("8k", 8192))
             for running in (64, 128, 256)
         ),
@@ -109,11 +123,11 @@ def points(trace: Path) -> list[Point]:
         *(
             Point(
                 "conversation",
-                {"num-prompts": int(12 * rate), "sharegpt-output-len": 256},
+                {"num-prompts": int(10 * rate), "sharegpt-output-len": 256},
                 request_rate=rate,
                 rows=conversations,
             )
-            for rate in (4, 8, 12, 16, 20)
+            for rate in (8, 16, 24, 32, 40)
         ),
         Point(
             "random-1k",
@@ -133,7 +147,7 @@ def points(trace: Path) -> list[Point]:
                 "dataset-name": "mooncake",
                 "mooncake-workload": "conversation",
                 "dataset-path": str(trace),
-                "num-prompts": 48,
+                "num-prompts": 24,
             },
             shared=False,
         ),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,7 +57,7 @@ def test_requests_are_made_once_and_arrive_alike(tmp_path: Path) -> None:
     trace.write_text('{"timestamp": 0, "hash_ids": [0, 7]}\n' * 3)
     args = SimpleNamespace(
         dataset_name="mooncake", dataset_path=str(trace), mooncake_workload="conversation",
-        num_prompts=2, seed=3, base_url="",
+        num_prompts=2, seed=3, base_url="", tokenize_prompt=False,
     )  # fmt: skip
     arrivals = []
     for args.base_url in ("http://a", "http://b"):
@@ -68,6 +69,31 @@ def test_requests_are_made_once_and_arrive_alike(tmp_path: Path) -> None:
     assert arrivals[0] == arrivals[1]
     args.num_prompts = 1  # other requests than these
     assert [r["hash_ids"] for r in load_serving().get_dataset(args, None)] == [[5]]
+
+
+def test_prompts_are_sent_as_token_ids(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that bench_serving would send as text, and made before the run that sends them."""
+    import bench_serving
+    from sglang.benchmark import serving
+
+    point = workloads._shared_prefix("tiny", groups=2, samples=3, system=40, question=5, output=4)
+    made = {}
+    for ids in (False, True):
+        bench_serving.make_requests(replace(point, ids=ids), model, tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(serving, "run_benchmark", lambda args: made.update({
+                args.tokenize_prompt: serving.get_dataset(args, None, None)
+            }))  # fmt: skip
+            arguments = replace(point, ids=ids).arguments(model, tmp_path)
+            patch.setattr(sys, "argv", ["bench_serving", "--seed", "1", *arguments])
+            serving.cli_main()
+    tokenizer = serving.get_tokenizer(str(model))
+    assert len(made[True]) == 6
+    assert [tokenizer.encode(request.prompt) for request in made[False]] == [
+        request.prompt for request in made[True]
+    ]
 
 
 def test_every_token_of_a_shape_prints(model: Path, tmp_path: Path) -> None:
