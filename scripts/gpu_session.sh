@@ -10,6 +10,7 @@
 # a call carries 64 MiB, and what was carried earlier is kept by `part`):
 #   1. kernels alone need no bundle: one call
 #        carry [".carry"]                           bash scripts/gpu_session.sh kernels --budget-s 200
+#        carry [".carry"]                           bash scripts/gpu_session.sh tests
 #        carry [".carry"]                           bash scripts/gpu_session.sh repeat --budget-s 60
 #        carry [".carry"]                           bash scripts/gpu_session.sh sanitize
 #      likewise floor (before bench, which reads results/floor-<gpu>.jsonl: copy it back first, or run both in one call),
@@ -133,6 +134,11 @@ environment() {
   log=${OUT:-/tmp}/${1}.log
 }
 
+tests() {
+  environment tests
+  python3 -m pytest -q -p no:cacheprovider "${@:-tests/gpu}" 2>&1 | tee "$log"
+}
+
 kernels() {
   environment kernels
   python3 scripts/gpu_kernel_check.py "$@" 2>&1 | tee "$log"
@@ -192,11 +198,11 @@ load() {
   return $status
 }
 
-command=${1:?local, part, unpack, kernels, repeat, sanitize, floor, regret, ablation, host, bench, serving, features or load}
+command=${1:?local, part, unpack, tests, kernels, repeat, sanitize, floor, regret, ablation, host, bench, serving, features or load}
 shift
 case $command in
   local) local_ ;;
   floor | regret | ablation | host) alone "$command" "$@" ;;
-  part | unpack | kernels | repeat | sanitize | bench | serving | features | load) "$command" "$@" ;;
+  part | unpack | tests | kernels | repeat | sanitize | bench | serving | features | load) "$command" "$@" ;;
   *) echo "unknown subcommand $command" >&2; exit 2 ;;
 esac
