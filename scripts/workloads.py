@@ -119,6 +119,7 @@ def points(trace: Path) -> list[Point]:
             "tools-1x8x16",
             {"num-prompts": 128, "sharegpt-output-len": 256},
             rows=tool_tree,
+            ids=True,
         ),
         *(
             Point(
