@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from scheduling import POOL, MiniScheduler, model_runner
 
 from pat_sglang import reference
 from pat_sglang.metrics import METRICS
-from pat_sglang.plugin import builder
+from pat_sglang.plugin import builder, compat
 from pat_sglang.plugin.feed import on_init_new
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
@@ -156,3 +157,72 @@ def graph_base(calls, **extra):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
 
     return GraphBase
+
+
+class GraphRunner:
+    """What a backend sees of SGLang's decode graph runner: static inputs, captures and replays.
+
+    On a CPU the part of a graph ahead of its layers is run again by calling what captured it.
+    """
+
+    def __init__(self, fixture, sizes=(4, 8, 16)):
+        self.fixture, self.sizes = fixture, sizes
+        self.req_pool_indices = torch.zeros(sizes[-1], dtype=torch.int64)
+        self.out_cache_loc = torch.zeros(sizes[-1], dtype=torch.int64)
+        self.seq_lens = torch.ones(sizes[-1], dtype=torch.int64)
+        self.seq_lens_cpu = torch.ones(sizes[-1], dtype=torch.int64)
+        self.captured = {}
+        fixture.backend.init_cuda_graph_state(sizes[-1], sizes[-1])
+
+    def inputs(self, size, mode):
+        return SimpleNamespace(
+            batch_size=size,
+            forward_mode=mode,
+            spec_info=None,
+            encoder_lens=None,
+            req_pool_indices=self.req_pool_indices[:size],
+            seq_lens=self.seq_lens[:size],
+            seq_lens_cpu=self.seq_lens_cpu[:size],
+            out_cache_loc=self.out_cache_loc[:size],
+        )
+
+    def capture(self, appends=True):
+        """All graphs; not ``appends``: by a runner that puts no metadata into them."""
+        backend = self.fixture.backend
+        self.seq_lens.fill_(1)
+        self.seq_lens_cpu.fill_(1)
+        self.req_pool_indices.zero_()
+        self.out_cache_loc.zero_()
+        mode = self.fixture.scheduler.batch([], "DECODE").forward_mode
+        for size in reversed(self.sizes):
+            batch = self.inputs(size, mode)
+            backend.init_forward_metadata_out_graph(batch, in_capture=True)
+            for warms_up in (True, True, False):
+                with mock.patch.object(compat, "is_capturing", return_value=not warms_up):
+                    if appends:
+                        backend.init_forward_metadata_in_graph(batch)
+                for layer in self.fixture.layers:
+                    q = torch.randn(size, layer.tp_q_head_num * HEAD_DIM)
+                    kv = torch.zeros(size, KV_HEADS, HEAD_DIM)
+                    out = backend.forward_decode(q, kv, kv.clone(), layer, batch)
+                    assert out.isfinite().all()
+            self.captured[size] = (batch, appends)
+        return self
+
+    def replay(self, batch, **changes):
+        """One decode step of a ScheduleBatch; ``changes`` to what the backend is handed."""
+        fixture, rows = self.fixture, len(batch.reqs)
+        on_init_new(None, None, batch, fixture.runner)
+        size = next(size for size in self.sizes if size >= rows)
+        live = fixture.forward_batch(batch, padded_rows=size)
+        for name in ("req_pool_indices", "out_cache_loc", "seq_lens", "seq_lens_cpu"):
+            getattr(self, name)[:size].copy_(getattr(live, name))
+        view = self.inputs(size, batch.forward_mode)
+        view.num_padding, view.out_cache_loc = size - rows, live.out_cache_loc[:rows]
+        vars(view).update(changes)
+        fixture.backend.init_forward_metadata_out_graph(view)
+        captured, appends = self.captured[size]
+        if appends:
+            fixture.backend.init_forward_metadata_in_graph(captured)
+        fixture.base.init_forward_metadata(captured)
+        return [fixture.compare(layer, captured, rows) for layer in fixture.layers]
