@@ -16,7 +16,7 @@ COUNTERS = {
     "plans_made": "decode steps that made a new plan",
     "plans_unshared": "new plans of known sharing that share nothing: no gain, or forced off",
     "plans_kept": "decode steps that kept the plan (no upload)",
-    "appends_launched": "kept plans whose new slots took a launch: no graph appended them",
+    "appends_launched": "launches for the new slots of a kept plan, where no graph appends them",
     "slots_compared": "plans that had to find sharing by comparing slots, since nobody told of it",
     "dummy_plans": "warm-up, capture and idle steps, planned without sharing",
     "uploads_copied": "new plans uploaded by the copy engine: pinned memory is not mapped, slower",

@@ -147,14 +147,8 @@ class PatMixin(AttentionBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> Any:
         """Inside the graph, when it is captured and in the runs that warm up for it."""
-        state = self._pat
-        serves = not state.in_base and self._pat_serves(forward_batch)
-        slots = forward_batch.out_cache_loc
-        if serves and slots is not None and len(slots) == forward_batch.batch_size:
-            for planner in state.planners.values():
-                planner.append_one(forward_batch.seq_lens, slots)
-            if compat.is_capturing():
-                state.graphs.append(forward_batch)
+        if not self._pat.in_base and self._pat_serves(forward_batch):
+            self._pat_append(forward_batch)
         return super().init_forward_metadata_in_graph(forward_batch)
 
     def shared_read_ends(self, forward_mode: Any) -> Any:
@@ -291,6 +285,16 @@ class PatMixin(AttentionBackend):
             seq_lens, req_to_token, indices = tensors
             for plan in state.plans.values():
                 plan.validate(req_to_token, indices, seq_lens)
+
+    def _pat_append(self, forward_batch: Any) -> None:
+        """Capture the append of each row's new slot, if there is one a row."""
+        state, slots = self._pat, forward_batch.out_cache_loc
+        if slots is None or len(slots) != forward_batch.batch_size:
+            return
+        for planner in state.planners.values():
+            planner.append_one(forward_batch.seq_lens, slots)
+        if compat.is_capturing():
+            state.graphs.append(forward_batch)
 
     def _pat_graph_appends(self, forward_batch: Any) -> bool:
         """Whether the replay to come appends what this step adds, by lengths the host knows.
