@@ -384,7 +384,6 @@ class DecodePlanner:
         self._planned_lens = np.zeros(0, np.int64)
         self._next_lens = _UNKNOWN_LENS  # of the last step, one token longer
         self._grown = 0  # tokens of the row that has grown most since the plan was made
-        self._steps = 0
         self._tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -458,7 +457,7 @@ class DecodePlanner:
         self._tensors = (seq_lens, req_to_token, req_pool_indices)
         self._planned_lens = lens.astype(np.int64)  # as a scheduler has them
         self._next_lens = self._planned_lens + 1
-        self._grown = self._steps = 0
+        self._grown = 0
         plan.plan_us = (time.perf_counter() - started) * 1e6
         return plan
 
@@ -515,13 +514,12 @@ class DecodePlanner:
             METRICS.count("appends_launched")
         self._tensors = tensors
         plan.version += 1
-        self._steps += 1
         if by_one:
             self._next_lens += 1
             self._grown += 1
         elif lens is None:
             self._next_lens = _UNKNOWN_LENS
-            self._grown = self._steps
+            self._grown += 1
         else:
             self._next_lens = lens + 1
             # A row that shrank makes these not the rows of this plan: as an unsigned number it has
