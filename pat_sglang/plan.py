@@ -27,7 +27,6 @@ logger = logging.getLogger("pat_sglang")
 RING = 4  # pinned upload buffers: the scheduler runs at most a step or two ahead of the device
 LAG = 8  # tokens by which host lengths may lag behind the device
 _NOTHING_SHARED = Forest.empty()
-_UNKNOWN_LENS = np.zeros(0, np.int64)
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Lengths = Sequence[int] | Int32Array | torch.Tensor
@@ -382,7 +381,7 @@ class DecodePlanner:
             )
         self._warned = False
         self._planned_lens = np.zeros(0, np.int64)
-        self._next_lens = _UNKNOWN_LENS  # of the last step, one token longer
+        self._next_lens = self._planned_lens  # those told last, one token longer
         self._grown = 0  # tokens of the row that has grown most since the plan was made
         self._tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
@@ -474,7 +473,7 @@ class DecodePlanner:
         """A later step with the same rows: one launch that appends new slots, no upload.
 
         Not even that launch if the graph about to be replayed appends by itself and, by
-        ``host_lens``, every row has grown by one token since the last step.
+        ``host_lens``, every row has grown by one token since the last step that told them.
 
         Args:
             plan: the current plan.
@@ -518,7 +517,6 @@ class DecodePlanner:
             self._next_lens += 1
             self._grown += 1
         elif lens is None:
-            self._next_lens = _UNKNOWN_LENS
             self._grown += 1
         else:
             self._next_lens = lens + 1

@@ -211,7 +211,8 @@ def test_the_host_launches_unless_it_knows_that_each_row_has_grown_by_one(launch
         (one, True, False, 1),  # an eager step
         (one, True, True, 0),
         (one, False, True, 1),  # no lengths
-        (one, True, True, 1),  # and none to compare these with
+        (one, True, True, 1),  # two tokens since the last
+        (one * 0, False, True, 1),
         (one, True, True, 0),
     ]:
         case.grow(grown)
