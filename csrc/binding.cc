@@ -11,6 +11,7 @@
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -369,6 +370,32 @@ class PlanBuffers {
     check_cuda(pat::launch_fill(params, false, stream_of_step()), "launching the fill kernel");
   }
 
+  /// Appends each row's one new slot, whatever plan there is when it runs: may be captured.
+  void append_one(TensorView seq_lens, TensorView new_slots) {
+    const bool lens_are_64bit = is_64bit(seq_lens, "seq_lens");
+    const bool slots_are_64bit = is_64bit(new_slots, "new_slots");
+    check(seq_lens, "seq_lens", 1, seq_lens.dtype(), device_, 1);
+    check(new_slots, "new_slots", 1, new_slots.dtype(), device_, 1);
+    if (seq_lens.size(0) != new_slots.size(0)) {
+      TVM_FFI_THROW(ValueError) << "seq_lens has " << seq_lens.size(0) << " rows, new_slots "
+                                << new_slots.size(0);
+    }
+    const pat::AppendParams params{
+        .plan = static_cast<const int32_t*>(words_.data_ptr()),
+        .slots = static_cast<int32_t*>(slots_.data_ptr()),
+        .filled = static_cast<int32_t*>(filled_.data_ptr()),
+        .live_lens = static_cast<int32_t*>(live_lens_.data_ptr()),
+        .seq_lens = seq_lens.data_ptr(),
+        .new_slots = new_slots.data_ptr(),
+        .lens_are_64bit = lens_are_64bit,
+        .slots_are_64bit = slots_are_64bit,
+        .rows = static_cast<int32_t>(std::min(seq_lens.size(0), filled_.size(0))),
+    };
+    if (params.rows == 0) return;
+    const DeviceGuard guard(device_.device_id);
+    check_cuda(pat::launch_append(params, current_stream(device_)), "launching the append kernel");
+  }
+
  private:
   struct Buffer {
     cudaEvent_t read = nullptr;       // its last upload has been done; none before the first
@@ -449,7 +476,7 @@ class PlanBuffers {
   int32_t rows_ = 0;  // of the current plan; kBroken: there is none, an upload has failed
 };
 
-/// See pat_sglang/plan.py, Transfer. Returns acquire, upload and append of the bound buffers.
+/// See pat_sglang/transfer.py, Transfer. Returns its functions for the bound buffers, in its order.
 Array<Function> bind_plan(Tensor words, Tensor slots, Tensor filled, Tensor live_lens,
                           Tensor ring) {
   auto buffers = std::make_shared<PlanBuffers>(
@@ -464,6 +491,9 @@ Array<Function> bind_plan(Tensor words, Tensor slots, Tensor filled, Tensor live
           [buffers](TensorView seq_lens, TensorView req_to_token, TensorView req_pool_indices) {
             buffers->append(seq_lens, req_to_token, req_pool_indices);
           }),
+      Function::FromTyped([buffers](TensorView seq_lens, TensorView new_slots) {
+        buffers->append_one(seq_lens, new_slots);
+      }),
   };
 }
 

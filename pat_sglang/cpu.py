@@ -27,7 +27,7 @@ class _Item:
 
 
 def _resolve(plan: DecodePlan) -> list[_Item]:
-    """Items of the current step, cached on the plan until the next plan() or advance()."""
+    """Items of the current step, cached on the plan until the next change of it."""
     cached = getattr(plan, "_cpu_items", None)
     if cached is not None and cached[0] == plan.version:
         return cached[1]

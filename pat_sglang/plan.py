@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DecodePlanner and DecodePlan: fixed buffers, one upload a new plan, one launch a step."""
+"""DecodePlanner and DecodePlan: fixed buffers, one upload a new plan, at most one launch a step."""
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ class DecodePlan:
     Attributes:
         words: int32 device tensor, see layout.py.
         slots: int32 device tensor, the slot snapshot.
-        live_lens: int32 device tensor ``[max_rows]``, true lengths as of the last plan/advance.
+        live_lens: int32 device tensor ``[max_rows]``, true lengths as of the last plan, advance
+            or append_one.
         partial_out: float32 ``[parts, q_heads, d]`` (CUDA only).
         partial_lse: float32 ``[parts, q_heads]``, base 2 (CUDA only).
         host_words: the words of the current plan on the host, a view of the upload buffer.
@@ -174,7 +175,7 @@ class DecodePlan:
         self.slots_compared = False
         self.plan_us = 0.0
         self._stats: PlanStats | None = None  # of the current plan, once somebody has asked
-        self.version = 0  # plans and advances so far; the CPU path keys its caches by it
+        self.version = 0  # changes so far; the CPU path keys its caches by it
 
     @property
     def buffer_bytes(self) -> int:
@@ -375,10 +376,13 @@ class DecodePlanner:
             self.transfer = Transfer(*layer.module.bind_plan(*buffers))
         else:
             on_cpu = CpuTransfer(plan, self._ring)
-            self.transfer = Transfer(on_cpu.acquire, on_cpu.upload, on_cpu.append)
+            self.transfer = Transfer(
+                on_cpu.acquire, on_cpu.upload, on_cpu.append, on_cpu.append_one
+            )
         self._warned = False
         self._planned_lens = np.zeros(0, np.int64)
-        self._steps = 0
+        self._next_lens = self._planned_lens  # those told last, one token longer
+        self._grown = 0  # tokens of the row that has grown most since the plan was made
         self._tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -451,7 +455,8 @@ class DecodePlanner:
         self._turn = turn  # a batch that was refused leaves the current plan's words alone
         self._tensors = (seq_lens, req_to_token, req_pool_indices)
         self._planned_lens = lens.astype(np.int64)  # as a scheduler has them
-        self._steps = 0
+        self._next_lens = self._planned_lens + 1
+        self._grown = 0
         plan.plan_us = (time.perf_counter() - started) * 1e6
         return plan
 
@@ -462,14 +467,21 @@ class DecodePlanner:
         seq_lens: torch.Tensor | None = None,
         req_to_token: torch.Tensor | None = None,
         req_pool_indices: torch.Tensor | None = None,
+        *,
+        in_graph: bool = False,
     ) -> bool:
         """A later step with the same rows: one launch that appends new slots, no upload.
+
+        Not even that launch if the graph about to be replayed appends by itself and, by
+        ``host_lens``, every row has grown by one token since the last step that told them.
 
         Args:
             plan: the current plan.
             host_lens: int ``[rows]``; None: every call is taken for one token a row.
             seq_lens, req_to_token, req_pool_indices: as for ``plan``; None: the tensors given
                 there, read again.
+            in_graph: ``append_one`` was captured in the graph that is replayed next, which it is
+                once, and ``host_lens`` do not lag.
 
         Returns:
             False when the horizon is passed: plan anew. Should a row outgrow the horizon unseen by
@@ -492,16 +504,43 @@ class DecodePlanner:
             kept[1] if req_to_token is None else req_to_token,
             kept[2] if req_pool_indices is None else req_pool_indices,
         )
-        # Launched before the horizon is looked at: a fill too many does no harm, the next plan
-        # fills everything again.
-        self.transfer.append(*tensors)
+        # As bytes, which takes a third of the time of comparing arrays.
+        by_one = lens is not None and lens.tobytes() == self._next_lens.tobytes()
+        if not (in_graph and by_one):
+            # Launched before the horizon is looked at: a fill too many does no harm, the next plan
+            # fills everything again.
+            self.transfer.append(*tensors)
+            METRICS.count("appends_launched")
         self._tensors = tensors
         plan.version += 1
-        self._steps += 1
-        grown = self._steps
-        if lens is not None:
+        if by_one:
+            self._next_lens += 1
+            self._grown += 1
+        elif lens is None:
+            self._grown += 1
+        else:
+            self._next_lens = lens + 1
             # A row that shrank makes these not the rows of this plan: as an unsigned number it has
             # grown beyond any horizon.
             of_row = (lens - self._planned_lens).view(np.uint64)
-            grown = int(of_row[of_row.argmax()]) if of_row.size else 0  # max() takes longer
-        return grown <= plan.header[layout.H_HORIZON] - LAG
+            self._grown = int(of_row[of_row.argmax()]) if of_row.size else 0  # max() takes longer
+        return self._grown <= plan.header[layout.H_HORIZON] - LAG
+
+    def append_one(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        """Appends each row's one new slot to whatever plan there is: one launch, to be captured.
+
+        A graph that begins with it spares ``advance`` the launch. Rows whose length the plan has
+        already are left alone; the output of one that has grown by more than a token is NaN until
+        ``advance`` launches or ``plan`` is called.
+
+        Args:
+            seq_lens: int32 or int64 ``[rows]`` on the device, the true lengths; rows beyond the
+                plan's are padding.
+            new_slots: int32 or int64 ``[rows]`` on the device, the KV slot of each row's last
+                token, which ``req_to_token`` must hold too when the graph is replayed.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        self.transfer.append_one(seq_lens, new_slots)
+        self._plan.version += 1

@@ -27,6 +27,8 @@ class Transfer(NamedTuple):
     # (turn, *tensors): the plan in this buffer, and its slots. False: by the copy engine, slower
     upload: Callable[..., bool]
     append: Callable[..., None]  # (*tensors): the slots that are new since
+    # (seq_lens, new_slots): at most one slot a row, see ``DecodePlanner.append_one``
+    append_one: Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class CpuTransfer:
@@ -82,6 +84,23 @@ class CpuTransfer:
                 line = req_to_token[req_pool_indices[row]]
                 plan.slots[slot + have - begin : slot + end - begin] = line[have:end]
                 plan.filled[row] = end
+
+    def append_one(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        """See ``Transfer``; as the append kernel in csrc/device/append.cu."""
+        plan = self.plan
+        if len(seq_lens) != len(new_slots):
+            raise ValueError(f"seq_lens has {len(seq_lens)} rows, new_slots {len(new_slots)}")
+        tails = PlanTables.parse(plan.words.numpy()).tails[: len(seq_lens)]
+        for row, (slot, begin, cap, _) in enumerate(tails.tolist()):
+            length, have = int(seq_lens[row]), int(plan.live_lens[row])
+            if length == have:
+                continue
+            position = have - begin  # negative, too, of a row that is marked
+            fits = length == have + 1 and 0 <= position < cap
+            if fits:
+                plan.slots[slot + position] = new_slots[row]
+                plan.filled[row] = length
+            plan.live_lens[row] = length if fits else -1
 
 
 def _check_rows(rows: int, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor) -> None:

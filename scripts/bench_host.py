@@ -12,13 +12,15 @@ the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a PAT
   joined the batch, in a new list, as filter_batch and merge_batch make it
 - changed, another shape: the new request's prompt goes on as one of a request that is gone and then
   differs, which splits that one's node. The tracker's forest cannot be kept and is made anew
-- unchanged: the same list, every request one token longer; its first part ends where the fill
-  kernel is launched
+- unchanged: the same list, every request one token longer, on a graph that appends the new slots:
+  nothing is launched before the replay
+- unchanged, launching: the same on a graph that does not; its first part ends where the fill kernel
+  is launched
 
 Serving the new request is no part of a step, but leaves the CPU's caches cold, as the scheduler's
 work between two steps does. Launching the kernel is part of the host's time on a GPU; on a CPU
-there is nothing to launch. Device time is that of the upload and the fill kernel, queued behind a
-long kernel so that no gap of the host's counts.
+there is nothing to launch. Device time is that of the upload, the fill and the append kernel,
+queued behind a long kernel so that no gap of the host's counts.
 
 Writes results/bench_host-<gpu>.jsonl, a line a measure.
 """
@@ -48,6 +50,8 @@ sys.path.insert(0, str(common.ROOT / "tests" / "sglang"))
 
 from scheduling import MiniScheduler, model_runner
 
+from pat_sglang.plugin.graphs import AppendingGraphs
+
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 FAN_OUT = 8
 ROOT_TOKENS, GROUP_TOKENS, PRIVATE_TOKENS = 1024, 256, (64, 192)
@@ -75,7 +79,7 @@ class Step(NamedTuple):
 
     structure: float  # the hook, and reading the tree
     altogether: float  # with the metadata, to its end
-    until_launch: float  # until the fill kernel is launched
+    until_launch: float  # until the upload or fill kernel is launched, if one is
 
     @property
     def planning(self) -> float:
@@ -114,6 +118,10 @@ class Launches:
         if self.transfer is not None:
             self.transfer.append(*args)
 
+    def append_one(self, *args: Any) -> None:
+        if self.transfer is not None:
+            self.transfer.append_one(*args)
+
 
 class Bed:
     """A batch in a real prefix tree, and a PAT backend as the server builds it."""
@@ -151,6 +159,43 @@ class Bed:
         tracker.observe = self.observed = Observed(tracker.observe)
         self.words = np.empty_like(self.planner._ring[0])
         self.hook, self.levels, self.steps = on_init_new, levels, 0
+        # Inputs of the graphs, which the runner fills before it hands them to the backend.
+        self.seq_lens = torch.ones(rows, dtype=torch.int64, device=device)
+        self.new_slots = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.graph: Any = None  # on a GPU, of what is ahead of the layers
+        self.capture()
+
+    def inputs(self, forward_mode: Any, **others: Any) -> Any:
+        """The batch that the backend is handed, in the graphs' inputs."""
+        return SimpleNamespace(
+            batch_size=len(self.reqs),
+            forward_mode=forward_mode,
+            spec_info=None,
+            num_padding=0,
+            seq_lens=self.seq_lens,
+            out_cache_loc=self.new_slots,
+            **others,
+        )
+
+    def capture(self) -> None:
+        """The graph of this batch, as SGLang's runner captures it, without layers."""
+        ones = torch.ones(len(self.reqs), dtype=torch.int64)
+        rows = torch.zeros_like(self.seq_lens)
+        mode = self.scheduler.batch([]).forward_mode
+        batch = self.inputs(mode, seq_lens_cpu=ones, req_pool_indices=rows)
+        self.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+        if not torch.cuda.is_available():
+            self.graphs.append(batch)  # as launching in a capture does
+            return
+        self.backend.init_forward_metadata_in_graph(batch)  # loads the kernel
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.backend.init_forward_metadata_in_graph(batch)
+
+    @property
+    def graphs(self) -> Any:
+        """What the backend knows of its graphs."""
+        return self.backend._pat.graphs
 
     def new(self, tokens: int) -> list[int]:
         return list(islice(self.fresh, tokens))
@@ -189,16 +234,11 @@ class Bed:
         batch = self.scheduler.batch(self.reqs)
         batch.seq_lens_cpu -= GROWTH - 1 - self.steps % GROWTH
         rows = [req.req_pool_idx for req in self.reqs]
-        view = SimpleNamespace(
-            batch_size=len(rows),
-            forward_mode=batch.forward_mode,
-            spec_info=None,
-            num_padding=0,
-            req_pool_indices=torch.tensor(rows, device=self.runner.device),
-            seq_lens=batch.seq_lens_cpu.to(self.runner.device),
-            seq_lens_cpu=batch.seq_lens_cpu,
-        )
-        return batch, view
+        indices = torch.tensor(rows, device=self.runner.device)
+        self.seq_lens.copy_(batch.seq_lens_cpu)
+        self.new_slots.copy_(self.scheduler.pool.req_to_token[indices, self.seq_lens - 1])
+        lens = batch.seq_lens_cpu
+        return batch, self.inputs(batch.forward_mode, seq_lens_cpu=lens, req_pool_indices=indices)
 
     def step(self) -> Step:
         """One decode step up to its layers, timed on the host."""
@@ -227,6 +267,13 @@ class Bed:
             self.step()
         return self.step()
 
+    def launching(self) -> Step:
+        """The same on a graph that does not append."""
+        graphs, self.backend._pat.graphs = self.graphs, AppendingGraphs()
+        step = self.unchanged()
+        self.backend._pat.graphs = graphs
+        return step
+
     def plan_us(self) -> float:
         """Microseconds of the C++ planner, its Python call included, on the present batch."""
         structure = self.backend._pat.feed.tracker._structure
@@ -244,6 +291,7 @@ class Bed:
             torch.cuda._sleep(SPIN_CYCLES)
             begin.record()
             metadata(view)
+            self.graph.replay()
             end.record()
 
         self.backend.init_forward_metadata_out_graph = between_events
@@ -263,6 +311,7 @@ def measure(bed: Bed, steps: int) -> list[common.Row]:
     changed = [bed.changed() for _ in range(steps)]
     planner = [bed.plan_us() for _ in range(steps)]
     unchanged = [bed.unchanged() for _ in range(steps)]
+    launching = [bed.launching() for _ in range(steps)]
     reshaped = [bed.reshaped() for _ in range(steps)]
     rows = [
         row_of("changed: structure", 100, [s.structure for s in changed]),
@@ -270,11 +319,13 @@ def measure(bed: Bed, steps: int) -> list[common.Row]:
         row_of("  of it the C++ planner", None, planner),
         row_of("changed, another shape: structure", None, [s.structure for s in reshaped]),
         row_of("unchanged: structure", None, [s.structure for s in unchanged]),
-        row_of("unchanged: until launch", 15, [s.until_launch for s in unchanged]),
         row_of("unchanged: altogether", 30, [s.altogether for s in unchanged]),
+        row_of("unchanged, launching: until then", 15, [s.until_launch for s in launching]),
+        row_of("unchanged, launching: altogether", None, [s.altogether for s in launching]),
     ]
     if torch.cuda.is_available():
-        for name, step in (("changed", bed.changed), ("unchanged", bed.unchanged)):
+        of_kind = (("changed", bed.changed), ("unchanged", bed.unchanged))
+        for name, step in (*of_kind, ("unchanged, launching", bed.launching)):
             us = [bed.device_us(step) for _ in range(steps // 10)]
             rows.append(row_of(f"{name}: device", 10, us))
     return rows

@@ -253,6 +253,9 @@ def problems_of(result: Row, cpu: bool) -> list[str]:
     for name in ("steps_on_base", "layers_on_base"):
         if state.get(name):
             found.append(f"{name}: {state[name]}")
+    kept, launched = state.get("plans_kept", 0), state.get("appends_launched", 0)
+    if not cpu and 10 * launched > kept:
+        found.append(f"{launched} of {kept} kept steps were launched for: no graph appends")
     for what in ("generated", "prompt", "rescored"):
         of = result[what]
         mine, base = of["pat"], of["base"]

@@ -61,6 +61,15 @@ class DecodeCase:
                 cache[torch.tensor(new, dtype=torch.long)] = fresh.to(cache.dtype)
             self.seq_lens[row] += count
 
+    def graph_inputs(self, padded: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a graph that appends reads: int64 ``[rows + padded]`` lengths and last slots.
+
+        Padded as SGLang's graph runner pads: rows of one token in slot 0.
+        """
+        last = self.req_to_token[self.req_pool_indices, self.seq_lens - 1].long()
+        ones = self.seq_lens.new_ones(padded)
+        return torch.cat([self.seq_lens, ones]), torch.cat([last, ones - 1])
+
 
 def make_case(
     forest: Forest,

@@ -177,7 +177,8 @@ def test_registers_spills_and_shared_memory(
             line = "{:20} {:9}  {:12}  {:5}  {:10}  {:7}"
             print(line.format(*kernel, dynamic if kernel == decode_kernel else 0))
     found = {kernel.name.split("<")[0] for kernel in kernels}
-    assert found >= {"decode_kernel", "merge_kernel", "upload_kernel", "fill_kernel"}
+    step = {"upload_kernel", "fill_kernel", "append_kernel"}
+    assert found >= {"decode_kernel", "merge_kernel", *step}
     assert all(0 < kernel.registers <= MAX_REGISTERS for kernel in kernels), kernels
     for kernel in kernels:
         stores, loads = 0, 0
@@ -282,7 +283,7 @@ STEP = {
 
 
 def bind(module: Any, **other: Any) -> Any:
-    """acquire, upload and append of buffers that hold no plan yet."""
+    """acquire, upload, append and append_one of buffers that hold no plan yet."""
     arguments = {**BUFFERS, "ring": torch.zeros(2, 100, dtype=torch.int32)}
     assert other.keys() <= arguments.keys()
     return module.bind_plan(*(arguments | other).values())
@@ -292,6 +293,13 @@ def append(module: Any, **other: Any) -> None:
     """Launches nothing: there is no plan."""
     assert other.keys() <= STEP.keys()
     bind(module)[2](*(STEP | other).values())
+
+
+def append_one(module: Any, **other: Any) -> None:
+    """Launches nothing: a graph of no rows, or something that is refused."""
+    arguments = {"seq_lens": T("i64", 0), "new_slots": T("i64", 0)}
+    assert other.keys() <= arguments.keys()
+    bind(module)[3](*(arguments | other).values())
 
 
 def upload(module: Any, turn: int = 0, words: int = 40, rows: int = 4, **other: Any) -> None:
@@ -310,6 +318,8 @@ def test_good_tensors_pass(module: Any) -> None:
     append(module)
     append(module, req_pool_indices=T("i32", 9), seq_lens=T("i64", 9))
     append(module, req_to_token=T("i32", 8, 512, strides=(4096, 1)))
+    append_one(module)
+    append_one(module, new_slots=T("i32", 0))
     bind(module)[0](1)  # a buffer that nothing was uploaded from is free
 
 
@@ -350,6 +360,11 @@ def test_good_tensors_pass(module: Any) -> None:
         (append, {"req_to_token": T("i32", 8, 512, strides=(1, 8))}, "req_to_token .* is 8"),
         (append, {"req_pool_indices": T("f32", 4)}, "req_pool_indices must be int32 or int64, got"),
         (append, {"seq_lens": T("i32", 4, device=1)}, "seq_lens must be on cuda:0"),
+        (append_one, {"seq_lens": T("i64", 8)}, "seq_lens has 8 rows, new_slots 0"),
+        (append_one, {"seq_lens": T("f32", 0)}, "seq_lens must be int32 or int64, got float32"),
+        (append_one, {"new_slots": T("f32", 0)}, "new_slots must be int32 or int64, got"),
+        (append_one, {"new_slots": T("i64", 0, 2)}, r"new_slots must have 1 dim.*\[0, 2\]"),
+        (append_one, {"new_slots": T("i64", 0, device=1)}, "new_slots must be on cuda:0"),
         (upload, {"seq_lens": T("i32", 4, device=1)}, "seq_lens must be on cuda:0"),
         (upload, {"seq_lens": T("i32", 3)}, "4 rows, .* seq_lens 3"),
         (upload, {"rows": 5}, "buffer 0 .* 40 words, 5 rows"),

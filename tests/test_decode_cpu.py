@@ -162,6 +162,128 @@ def test_a_skipped_advance_heals():
     check_output(plan, case)
 
 
+def append_in_graph(planner, case, padded=0):
+    """A replay's part of a step: as far as the graph goes before its layers."""
+    planner.append_one(*case.graph_inputs(padded))
+
+
+@pytest.fixture
+def launches():
+    """How often advance() has launched since this was last asked, or since the test began."""
+    before = [METRICS.get("appends_launched")]
+
+    def since():
+        before.append(METRICS.get("appends_launched"))
+        return before[-1] - before[-2]
+
+    return since
+
+
+@pytest.mark.parametrize("make_planner", [planner_for, chain_planner_for])
+@pytest.mark.parametrize("padded", [0, 3])
+def test_a_graph_that_appends_spares_the_launch(make_planner, padded, launches):
+    geometry = (6, 2, 16)
+    planner = make_planner(geometry)
+    for rows in (9, 1, 14):  # one graph for all plans
+        case = case_for(geometry, *random_forest(np.random.default_rng(6), rows), spare=64)
+        plan = check(planner, case, padded)
+        for _ in range(40):
+            append_in_graph(planner, case, padded)  # in the first step everything is there
+            check_output(plan, case, padded)
+            case.grow(np.ones(rows, np.int64))
+            assert planner.advance(plan, case.seq_lens.numpy(), in_graph=True)
+    assert launches() == 0
+
+
+def test_the_host_launches_unless_it_knows_that_each_row_has_grown_by_one(launches):
+    geometry, rows = (4, 4, 16), 6
+    case = case_for(geometry, *random_forest(np.random.default_rng(5), rows), spare=64)
+    planner = planner_for(geometry)
+    plan = check(planner, case)
+    one, uneven = np.ones(rows, np.int64), np.array([1, 1, 0, 1, 1, 1])
+    for grown, told, in_graph, expected in [
+        (one, True, True, 0),
+        (one * 2, True, True, 1),  # a step was not seen
+        (one, True, True, 0),
+        (uneven, True, True, 1),
+        (one, True, True, 0),
+        (one * 0, True, True, 1),
+        (one, True, False, 1),  # an eager step
+        (one, True, True, 0),
+        (one, False, True, 1),  # no lengths
+        (one, True, True, 1),  # two tokens since the last
+        (one * 0, False, True, 1),
+        (one, True, True, 0),
+    ]:
+        case.grow(grown)
+        lens = case.seq_lens.numpy() if told else None
+        assert planner.advance(plan, lens, in_graph=in_graph)
+        append_in_graph(planner, case)  # after a launch it changes nothing
+        assert launches() == expected
+        check_output(plan, case)
+
+
+def test_a_row_that_the_graph_cannot_append_to_is_nan_until_it_is_filled():
+    """Of one a step was not seen, the other has shrunk: never a plausible wrong value."""
+    geometry, lens = (4, 4, 16), np.array([50, 95, 70, 40])
+    case = case_for(geometry, Forest.empty(), np.full(4, -1), lens, spare=64)
+    planner = planner_for(geometry)
+    plan = check(planner, case)
+    case.grow(np.array([1, 2, 0, 1]))
+    for step in range(2):  # a later step does not forget
+        seq_lens, new_slots = case.graph_inputs()
+        seq_lens[2] -= int(step == 0)
+        planner.append_one(seq_lens, new_slots)
+        out = pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale)
+        assert torch.isnan(out[[1, 2]]).all() and torch.isfinite(out[[0, 3]]).all()
+        case.grow(np.ones(4, np.int64))
+    assert planner.advance(plan)
+    check_output(plan, case)
+
+
+def test_a_row_that_outgrows_its_tail_in_the_graph_is_nan():
+    """Its neighbours' slots in the snapshot are not touched."""
+    case = case_for((4, 4, 16), Forest.empty(), np.full(3, -1), np.array([5, 9, 3]), spare=300)
+    planner = planner_for((4, 4, 16))
+    plan = check(planner, case)
+    room = plan.tables.tails[0, 2] - 5
+    for grown in range(1, room + 5):
+        case.grow(np.array([1, 1, 0]))
+        append_in_graph(planner, case)
+        out = pat_decode(case.q, case.k_cache, case.v_cache, plan, sm_scale=case.sm_scale)
+        want = attention(
+            case.q, case.k_cache, case.v_cache, case.req_to_token, case.req_pool_indices,
+            case.seq_lens, case.sm_scale, torch.float64,
+        )  # fmt: skip
+        alive = [0, 1, 2] if grown <= room else [2]
+        torch.testing.assert_close(out[alive].double(), want[alive], atol=2e-5, rtol=2e-5)
+        assert torch.isnan(out[[row for row in range(3) if row not in alive]]).all()
+
+
+def test_the_horizon_ends_as_early_without_launches():
+    """As many steps as with them, and no step of a plan that has passed it."""
+    steps = []
+    for in_graph in (False, True):
+        case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]), spare=128)
+        planner = planner_for((4, 4, 16))
+        plan = check(planner, case)
+        steps.append(0)
+        while True:
+            case.grow(np.ones(2, np.int64))
+            if not planner.advance(plan, case.seq_lens.numpy(), in_graph=in_graph):
+                break
+            append_in_graph(planner, case)
+            steps[-1] += 1
+        check(planner, case)
+    assert 32 <= steps[0] == steps[1] <= 64
+
+
+def test_slots_that_are_no_rows_of_the_lengths_are_refused():
+    planner = planner_for((4, 4, 16))
+    with pytest.raises(ValueError, match="seq_lens has 3 rows, new_slots 2"):
+        planner.append_one(torch.ones(3, dtype=torch.int64), torch.ones(2, dtype=torch.int64))
+
+
 def test_the_horizon_ends():
     case = case_for((4, 4, 16), Forest.empty(), np.full(2, -1), np.array([5, 9]), spare=128)
     planner = planner_for((4, 4, 16))

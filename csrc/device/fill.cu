@@ -11,6 +11,7 @@
 // [filled, seq_len) are copied, so a step the planner did not see heals itself.
 #include <algorithm>
 
+#include "element.cuh"
 #include "launch.h"
 #include "params.h"
 #include "plan_layout.h"
@@ -48,15 +49,10 @@ __global__ void __launch_bounds__(kUploadThreads)
   copy(from, to, chunks, blockIdx.x * kUploadThreads + threadIdx.x, gridDim.x * kUploadThreads);
 }
 
-/// An element below 2^31 of an int32 or int64 array: of the latter, the low half.
-__device__ int32_t at(const void* array, bool is_64bit, int32_t index) {
-  return ptx::load_l2(static_cast<const int32_t*>(array) + (is_64bit ? 2 * index : index));
-}
-
 /// A request row's line of req_to_token.
 __device__ const int32_t* line_of(const FillParams& params, int32_t row) {
-  return params.req_to_token +
-         at(params.req_pool_indices, params.indices_are_64bit, row) * params.req_to_token_stride;
+  return params.req_to_token + element(params.req_pool_indices, params.indices_are_64bit, row) *
+                                   params.req_to_token_stride;
 }
 
 /// Copies `count` slots, by all blocks of a column of the grid.
@@ -75,7 +71,7 @@ __device__ void fill_run(const FillParams& params, int32_t index) {
 __device__ void fill_tail(const FillParams& params, int32_t row) {
   // Ahead of the wait: the plan's upload has nothing to do with them.
   const int32_t* line = line_of(params, row);
-  const int32_t length = at(params.seq_lens, params.lens_are_64bit, row);
+  const int32_t length = element(params.seq_lens, params.lens_are_64bit, row);
   ptx::wait_for_previous_kernel();
   static_assert(kTailWords == 4 && kTailSlot == 0 && kTailPosition == 1 && kTailCapacity == 2);
   const int4 tail = ptx::load_l2(reinterpret_cast<const int4*>(params.tails) + row);

@@ -59,6 +59,19 @@ struct FillParams {
   int32_t rows, num_runs;
 };
 
+/// Arguments of the append kernel, which brings it up to one more token a row in a captured step.
+struct AppendParams {
+  const int32_t* __restrict__ plan;  // plan words, see plan_layout.h
+  int32_t* __restrict__ slots;
+  int32_t* __restrict__ filled;     // [rows] first position not yet in the snapshot
+  int32_t* __restrict__ live_lens;  // [rows], -1: tail overflowed
+
+  const void* __restrict__ seq_lens;   // [rows] int32 or int64
+  const void* __restrict__ new_slots;  // [rows] int32 or int64, of each row's last token
+  bool lens_are_64bit, slots_are_64bit;
+  int32_t rows;  // of the graph, padding included
+};
+
 /// Each launches on `stream` and returns the launch's error; nothing is allocated.
 cudaError_t launch_decode(const DecodeParams& params, int32_t num_sms, cudaStream_t stream);
 cudaError_t launch_merge(const DecodeParams& params, int32_t num_sms, cudaStream_t stream);
@@ -67,6 +80,7 @@ cudaError_t launch_merge(const DecodeParams& params, int32_t num_sms, cudaStream
 cudaError_t launch_upload(const void* from, int32_t* to, int32_t words, cudaStream_t stream);
 /// `after_upload`: the launch before it on the stream is launch_upload's.
 cudaError_t launch_fill(const FillParams& params, bool after_upload, cudaStream_t stream);
+cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 
 /// Raises the forward kernel's shared-memory limit on the current device; once, before capture.
 cudaError_t prepare_decode();

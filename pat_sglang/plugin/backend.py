@@ -7,8 +7,11 @@ or attributes go on as before.
 
 Per decode step: init_forward_metadata (eager) or init_forward_metadata_out_graph (CUDA graph)
 plans, on the current stream and before the replay. Inside the graph only the plan's own buffers
-are read, never req_to_token: once the forward has published that its reads are over, the scheduler
-may hand the rows of finished requests to new ones.
+and the graph's inputs are read, never req_to_token: once the forward has published that its reads
+are over, the scheduler may hand the rows of finished requests to new ones. The inputs are enough
+for a step that keeps its plan: init_forward_metadata_in_graph captures a kernel that appends the
+slots this step writes to (out_cache_loc), and the host launches nothing where it knows that the
+replay does it all.
 
 Per layer: forward_decode writes K and V as the base does and runs pat_decode, or calls the base.
 Which one is a static property of the layer (eligibility.py), so it may be captured.
@@ -31,6 +34,7 @@ from pat_sglang.metrics import METRICS, Repeated
 
 from . import compat, eligibility
 from .feed import StructureFeed
+from .graphs import AppendingGraphs
 from .structure import BatchStructure
 
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ class PatState:
     base_needed: bool = False  # some decode layer ran on the base
     captured: bool = False  # some decode layer was captured or warmed up for capture
     capturing: bool = False
+    graphs: AppendingGraphs = field(default_factory=AppendingGraphs)
     in_base: bool = False  # the base is preparing its metadata; its own nested calls are not ours
     best: BestPlan | None = None
     # Steps: all that have real plans, those that made them, those that kept them.
@@ -96,6 +101,7 @@ class PatMixin(AttentionBackend):
         if max_bs > state.max_rows:
             # Free before allocating again; without planners every decode step is the base's.
             state.planners, state.plans, state.planned_version = {}, {}, 0
+            state.graphs = AppendingGraphs()  # earlier ones append to buffers that are gone
             state.planners = state.make_planners(max_bs)
             state.max_rows = max_bs
         return super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kw)
@@ -125,7 +131,10 @@ class PatMixin(AttentionBackend):
         rows = forward_batch.batch_size - padding
         # With DP attention a rank may replay with padding only. One padded row is planned then:
         # the graph must not run the plan of an earlier, larger batch.
-        self._pat_plan(forward_batch, max(rows, 1), real=not in_capture and rows > 0)
+        if in_capture:
+            state.graphs.begin(forward_batch)
+        real = not in_capture and rows > 0
+        self._pat_plan(forward_batch, max(rows, 1), real=real, in_graph=not in_capture)
         # Capture must leave the base in the state its own layers expect. At replay its metadata
         # is host work for nobody, once a capture has shown that no layer runs on the base.
         if in_capture or state.base_needed or not state.captured:
@@ -135,6 +144,12 @@ class PatMixin(AttentionBackend):
             finally:
                 state.in_base = False
         return None
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> Any:
+        """Inside the graph, when it is captured and in the runs that warm up for it."""
+        if not self._pat.in_base and self._pat_serves(forward_batch):
+            self._pat_append(forward_batch)
+        return super().init_forward_metadata_in_graph(forward_batch)
 
     def shared_read_ends(self, forward_mode: Any) -> Any:
         """0.5.18+: where the reads of scheduler-owned tensors end; ours, before the replay."""
@@ -225,8 +240,13 @@ class PatMixin(AttentionBackend):
         finally:
             state.in_base = False
 
-    def _pat_plan(self, forward_batch: Any, rows: int, *, real: bool) -> None:
-        """Bring every plan up to this step; ``rows``: live rows, without padding."""
+    def _pat_plan(
+        self, forward_batch: Any, rows: int, *, real: bool, in_graph: bool = False
+    ) -> None:
+        """Bring every plan up to this step.
+
+        ``rows``: live rows, without padding. ``in_graph``: a graph is replayed next.
+        """
         state = self._pat
         if not real:  # padded beyond what a plan holds, and nobody reads the output
             rows = min(rows, state.max_rows)
@@ -240,8 +260,10 @@ class PatMixin(AttentionBackend):
         # Most steps change nothing: what they need is launched before anybody looks. A fill too
         # many does no harm, a new plan fills everything again.
         kept = expected is not None and expected.version == state.planned_version
+        in_graph = in_graph and kept and self._pat_graph_appends(forward_batch)
         for geometry, plan in state.plans.items() if kept else ():
-            kept = state.planners[geometry].advance(plan, host_lens, *tensors) and kept
+            planner = state.planners[geometry]
+            kept = planner.advance(plan, host_lens, *tensors, in_graph=in_graph) and kept
         structure = state.feed.take(host_lens) if real else None
         kept = kept and structure is expected
         if not kept:
@@ -263,6 +285,28 @@ class PatMixin(AttentionBackend):
             seq_lens, req_to_token, indices = tensors
             for plan in state.plans.values():
                 plan.validate(req_to_token, indices, seq_lens)
+
+    def _pat_append(self, forward_batch: Any) -> None:
+        """Capture the append of each row's new slot, if there is one a row."""
+        state, slots = self._pat, forward_batch.out_cache_loc
+        if slots is None or len(slots) != forward_batch.batch_size:
+            return
+        for planner in state.planners.values():
+            planner.append_one(forward_batch.seq_lens, slots)
+        if compat.is_capturing():
+            state.graphs.append(forward_batch)
+
+    def _pat_graph_appends(self, forward_batch: Any) -> bool:
+        """Whether the replay to come appends what this step adds, by lengths the host knows.
+
+        Plans are validated before the replay. Lengths that SGLang does not mirror may lag.
+        """
+        state = self._pat
+        return (
+            not state.validate
+            and forward_batch.seq_lens_cpu is not None
+            and state.graphs.all_append(forward_batch)
+        )
 
     def _pat_host_lens(self, forward_batch: Any, rows: int) -> npt.NDArray[Any]:
         """[rows] sequence lengths on the host; only a step nobody knows synchronises for them."""

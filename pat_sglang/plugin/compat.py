@@ -12,6 +12,7 @@ import os
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from packaging.version import InvalidVersion, Version
 
 OLDEST = Version("0.5.13.post1")
@@ -88,6 +89,11 @@ def kv_write_loc(forward_batch: Any) -> Any:
     if for_batch is not None:  # 0.5.22+: carries the mark that the ids are physical
         return for_batch(forward_batch)
     return KVWriteLoc(forward_batch.out_cache_loc)
+
+
+def is_capturing() -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def reads_end_before_replay() -> Any | None:

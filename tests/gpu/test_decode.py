@@ -309,6 +309,113 @@ def test_tails_grow_on_the_device(make_planner, heads):
     assert_close(run(case, plan), case)
 
 
+def captured(run):
+    """What replays the launches of ``run``."""
+    run()  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+class AppendingGraph:
+    """A captured step of up to ``rows`` rows: each row's new slot is appended, then a layer."""
+
+    def __init__(self, planner, heads, head_dim, rows, dtypes=(torch.int64, torch.int64)):
+        pool = cuda_case(heads, head_dim, Forest.empty(), np.full(1, -1), np.ones(1), spare=60000)
+        self.k, self.v = pool.k_cache, pool.v_cache
+        self.q = torch.zeros(rows, heads[0], head_dim, dtype=self.k.dtype, device=self.k.device)
+        self.out = torch.empty_like(self.q)
+        self.lens = torch.ones(rows, dtype=dtypes[0], device=self.k.device)
+        self.new_slots = torch.zeros(rows, dtype=dtypes[1], device=self.k.device)
+        self.planner = planner
+        table = torch.zeros(rows, 4, dtype=torch.int32, device=self.k.device)
+        indices = torch.arange(rows, device=self.k.device)
+        plan = planner.plan(None, None, np.ones(rows), self.lens, table, indices)
+
+        def run():
+            planner.append_one(self.lens, self.new_slots)
+            pat_decode(self.q, self.k, self.v, plan, sm_scale=head_dim**-0.5, out=self.out)
+
+        self.replay = captured(run)
+
+    def plan(self, case):
+        """A plan of a case that lives in the graph's pool from now on."""
+        for mine, its in ((self.k, case.k_cache), (self.v, case.v_cache)):
+            mine.fill_(torch.nan)
+            mine[: len(its)] = its
+        case.k_cache, case.v_cache = self.k, self.v
+        self.q[: len(case.q)] = case.q
+        return plan_case(self.planner, case)
+
+    def advance(self, case, plan):
+        """A later step of a case that has grown; the host knows how much."""
+        return self.planner.advance(
+            plan, case.seq_lens.cpu().numpy(), case.seq_lens, case.req_to_token,
+            case.req_pool_indices, in_graph=True,
+        )  # fmt: skip
+
+    def step(self, case):
+        """The replay; its output."""
+        lens, new_slots = case.graph_inputs(len(self.q) - len(case.q))
+        self.lens.copy_(lens)
+        self.new_slots.copy_(new_slots)
+        self.out.fill_(torch.nan)
+        self.replay()
+        return self.out
+
+
+@pytest.mark.parametrize("chains", [False, True])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.int64, torch.int64), (torch.int32, torch.int64), (torch.int64, torch.int32)]
+)
+def test_a_graph_that_appends_spares_the_launch(make_planner, dtypes, chains):
+    heads, head_dim = (32, 8), 128
+    planner = make_planner(*heads, head_dim)
+    if chains:
+        with_chains(planner)
+    graph = AppendingGraph(planner, heads, head_dim, 200, dtypes)
+    rng = np.random.default_rng(15)
+    launched = METRICS.get("appends_launched")
+    for seed, rows in enumerate((200, 3, 130)):  # in one block of the kernel, and in two
+        batch = random_forest(rng, rows, max_len=150)
+        case = cuda_case(heads, head_dim, *batch, spare=30, seed=seed)
+        plan = graph.plan(case)
+        assert_close(graph.step(case), case)
+        for step in range(25):
+            case.grow(np.ones(rows, np.int64))
+            assert graph.advance(case, plan)
+            out = graph.step(case)
+            if step % 8 == 0:
+                assert_close(out, case)
+        assert torch.equal(plan.live_lens[:rows].long(), case.seq_lens)
+        plan.validate(case.req_to_token, case.req_pool_indices, case.seq_lens)
+        assert_close(graph.step(case), case)  # once more: there is nothing to append
+    assert METRICS.get("appends_launched") == launched
+
+
+def test_a_row_that_the_graph_cannot_append_to_is_nan_until_it_is_filled(make_planner):
+    heads, head_dim = (32, 8), 128
+    planner = make_planner(*heads, head_dim)
+    graph = AppendingGraph(planner, heads, head_dim, 8)
+    lens = np.array([50, 95, 70, 40])
+    case = cuda_case(heads, head_dim, Forest.empty(), np.full(4, -1), lens, spare=600)
+    plan = graph.plan(case)
+    case.grow(np.array([1, 2, 1, 1]))
+    for _ in range(2):  # a later step does not forget
+        out = graph.step(case)[:4]
+        assert torch.isnan(out[1]).all() and torch.isfinite(out[[0, 2, 3]]).all()
+        case.grow(np.ones(4, np.int64))
+    assert planner.advance(plan)
+    assert_close(graph.step(case), case)
+    while int(case.seq_lens[0]) <= plan.tables.tails[0, 2]:  # to the end of its tail, and further
+        case.grow(np.array([1, 0, 0, 0]))
+        out = graph.step(case)[:4].clone()
+    assert torch.isnan(out[0]).all() and torch.isfinite(out[1:]).all()
+    plan = plan_case(planner, case)
+    assert_close(graph.step(case), case)
+
+
 def test_one_long_row_among_short_ones(make_planner):
     lens = np.array([32768] + [int(n) for n in np.random.default_rng(5).integers(1, 80, 63)])
     case = cuda_case((32, 8), 128, Forest.empty(), np.full(64, -1), lens)

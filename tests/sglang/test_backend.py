@@ -10,130 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scheduling import POOL, MiniScheduler, model_runner
+from backends import HEAD_DIM, HEADS, KV_HEADS, SYSTEM, Fixture, counts, graph_base
 
-from pat_sglang import reference
 from pat_sglang.metrics import METRICS
 from pat_sglang.plan import workspace_for
 from pat_sglang.plugin import builder
 from pat_sglang.plugin.feed import on_init_new
 from pat_sglang.plugin.memory import MIB, GpuMemory
-
-HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
-SYSTEM = list(range(100, 140))
-
-
-class Fixture:
-    """A runner with two attention layers, its scheduler, a PAT backend and an untouched base."""
-
-    def __init__(self, make_base=None, **layer_options):
-        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-        from sglang.srt.layers.radix_attention import RadixAttention
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-        make_base = make_base or TorchNativeAttnBackend
-        self.scheduler = MiniScheduler()
-        options = {"head_dim": HEAD_DIM, "scaling": HEAD_DIM**-0.5, "num_kv_heads": KV_HEADS}
-        self.layers = [
-            RadixAttention(num_heads=HEADS, layer_id=i, **{**options, **layer_options})
-            for i in range(2)
-        ]
-        self.pool = MHATokenToKVPool(
-            POOL, 1, torch.float32, KV_HEADS, HEAD_DIM, 2, "cpu", enable_memory_saver=False
-        )
-        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
-            buffer.fill_(torch.nan)  # a slot nobody wrote must never be read
-            buffer[0] = 0
-        self.runner = model_runner(self.scheduler, self.layers, self.pool)
-        self.base = make_base(self.runner)
-        self.backend = builder.wrap("torch_native", make_base)(self.runner)
-
-    @property
-    def active(self) -> bool:
-        return hasattr(self.backend, "_pat")
-
-    def forward_batch(self, batch, padded_rows=None):
-        """What the runner hands to the backend; padding as the decode graph runner pads."""
-        rows = len(batch.reqs)
-        padded = padded_rows or rows
-        fill = padded - rows
-
-        def pad(values, value):
-            return torch.tensor([*values, *([value] * fill)], dtype=torch.int64)
-
-        lens = pad(batch.seq_lens_cpu.tolist(), 1)
-        out_loc = [int(self.scheduler.slots(req)[-1]) for req in batch.reqs]
-        view = SimpleNamespace(
-            batch_size=padded,
-            forward_mode=batch.forward_mode,
-            spec_info=None,
-            encoder_lens=None,
-            req_pool_indices=pad([req.req_pool_idx for req in batch.reqs], 0),
-            seq_lens=lens,
-            seq_lens_cpu=lens.clone(),
-            out_cache_loc=pad(out_loc, 0),
-        )
-        if padded_rows is None:
-            view.rids = [req.rid for req in batch.reqs]
-        else:
-            view.num_padding = fill
-        return view
-
-    def prefill(self, req):
-        """K and V of a request's prompt, as its forward would have written them."""
-        slots = torch.from_numpy(self.scheduler.slots(req)).long()
-        empty = slots[torch.isnan(self.pool.k_buffer[0][slots][:, 0, 0])]
-        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
-            buffer[empty] = torch.randn(empty.numel(), KV_HEADS, HEAD_DIM)
-
-    def prepared(self, rows):
-        """Requests that share SYSTEM, ready for a decode step: prompts written, plan made."""
-        reqs = [self.serve([*SYSTEM, i]) for i in range(rows)]
-        batch = self.scheduler.decode(reqs)
-        for req in reqs:
-            self.prefill(req)
-        on_init_new(None, None, batch, self.runner)
-        view = self.forward_batch(batch)
-        self.backend.init_forward_metadata(view)
-        return view
-
-    def decode(self, batch, padded_rows=None, replay=False):
-        """One decode step through PAT, each layer compared with base and reference."""
-        on_init_new(None, None, batch, self.runner)
-        view = self.forward_batch(batch, padded_rows)
-        if replay:
-            self.backend.init_forward_metadata_out_graph(view)
-        else:
-            self.backend.init_forward_metadata(view)
-        self.base.init_forward_metadata(view)
-        return [self.compare(layer, view, len(batch.reqs)) for layer in self.layers]
-
-    def compare(self, layer, view, rows):
-        q = torch.randn(view.batch_size, HEADS * HEAD_DIM)
-        k, v = (torch.randn(view.batch_size, KV_HEADS, HEAD_DIM) for _ in range(2))
-        out = self.backend.forward_decode(q.clone(), k.clone(), v.clone(), layer, view)
-        written = [b.clone() for b in self.pool.get_kv_buffer(layer.layer_id)]
-        expected = self.base.forward_decode(q.clone(), k.clone(), v.clone(), layer, view)
-        for mine, base in zip(written, self.pool.get_kv_buffer(layer.layer_id), strict=True):
-            assert torch.equal(mine.nan_to_num(7.0), base.nan_to_num(7.0))
-        assert out.shape == expected.shape and out.dtype == expected.dtype
-        torch.testing.assert_close(out[:rows], expected[:rows], rtol=1e-4, atol=1e-5)
-        oracle = reference.attention(
-            q.view(-1, HEADS, HEAD_DIM)[:rows],
-            *self.pool.get_kv_buffer(layer.layer_id),
-            self.scheduler.pool.req_to_token,
-            view.req_pool_indices,
-            view.seq_lens,
-            layer.scaling,
-        )
-        torch.testing.assert_close(out[:rows], oracle.flatten(1), rtol=1e-4, atol=1e-5)
-        return out
-
-    def serve(self, tokens):
-        req = self.scheduler.admit(self.scheduler.request(tokens))
-        on_init_new(None, None, self.scheduler.batch([req], "EXTEND"), self.runner)
-        self.prefill(req)
-        return self.scheduler.publish(req)
 
 
 @pytest.fixture
@@ -144,11 +27,6 @@ def fixture(monkeypatch):
     made = Fixture()
     assert made.active
     return made
-
-
-def counts(*names):
-    values = METRICS.as_dict()
-    return tuple(values[name] for name in names)
 
 
 # -- decode ---------------------------------------------------------------------------------------
@@ -269,28 +147,6 @@ def test_random_serving(fixture):
 
 
 # -- graph life cycle -----------------------------------------------------------------------------
-
-
-def graph_base(calls, **extra):
-    """A base with the CUDA graph methods of the real ones, recording what it is asked for."""
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-
-    class GraphBase(TorchNativeAttnBackend):
-        def init_cuda_graph_state(self, max_bs, max_num_tokens):
-            calls.append(("state", max_bs))
-
-        def init_forward_metadata(self, forward_batch):
-            calls.append("eager")
-            super().init_forward_metadata(forward_batch)
-
-        def init_forward_metadata_out_graph(self, forward_batch, in_capture=False):
-            calls.append("capture" if in_capture else "replay")
-
-        def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None):
-            calls.append("base layer")
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-
-    return GraphBase
 
 
 def capture(fixture, calls, rows=4):

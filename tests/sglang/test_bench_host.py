@@ -42,8 +42,8 @@ def calls(monkeypatch):
     return counted
 
 
-def made_and_kept():
-    return METRICS.get("plans_made"), METRICS.get("plans_kept")
+def counted():
+    return tuple(METRICS.get(name) for name in ("plans_made", "plans_kept", "appends_launched"))
 
 
 def test_steps_are_what_their_names_say(bed):
@@ -51,11 +51,15 @@ def test_steps_are_what_their_names_say(bed):
     METRICS.reset()
     for _ in range(5):
         bed.changed()
-    assert made_and_kept() == (5, 0)
+    assert counted() == (5, 0, 0)
     METRICS.reset()
     for _ in range(bench_host.GROWTH):  # once the lengths begin anew, with a step of its own
         bed.unchanged()
-    assert made_and_kept() == (1, bench_host.GROWTH)
+    assert counted() == (1, bench_host.GROWTH, 1)  # then they are no token longer
+    METRICS.reset()
+    for _ in range(5):
+        bed.launching()
+    assert counted() == (0, 5, 5)
 
 
 def test_a_new_request_joins_in_every_changed_step(bed, calls):
