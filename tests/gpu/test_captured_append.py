@@ -23,7 +23,7 @@ def test_what_the_graph_appends_is_what_req_to_token_holds():
     METRICS.reset()
     steps = bench_host.GROWTH - 4  # the lengths do not begin anew
     for step in range(steps):
-        bed.unchanged()
+        bed.appended()
         bed.graph.replay()
         (plan,) = bed.backend._pat.plans.values()
         assert torch.equal(plan.live_lens[:140].long(), bed.seq_lens)
@@ -32,7 +32,7 @@ def test_what_the_graph_appends_is_what_req_to_token_holds():
             plan.validate(bed.scheduler.pool.req_to_token, rows, bed.seq_lens)
     assert METRICS.get("plans_kept") == steps
     assert METRICS.get("appends_launched") == 0
-    bed.launching()
+    bed.unchanged()
     bed.graph.replay()  # appends nothing twice
     assert torch.equal(plan.live_lens[:140].long(), bed.seq_lens)
     assert METRICS.get("appends_launched") == 1

@@ -54,11 +54,11 @@ def test_steps_are_what_their_names_say(bed):
     assert counted() == (5, 0, 0)
     METRICS.reset()
     for _ in range(bench_host.GROWTH):  # once the lengths begin anew, with a step of its own
-        bed.unchanged()
+        bed.appended()
     assert counted() == (1, bench_host.GROWTH, 1)  # then they are no token longer
     METRICS.reset()
     for _ in range(5):
-        bed.launching()
+        bed.unchanged()
     assert counted() == (0, 5, 5)
 
 
