@@ -27,12 +27,15 @@ def pat_decode(
     """Decode attention of a planned batch: pack, forward, merge.
 
     Launches on the current stream, allocates nothing when ``out`` is given, and reads all counts
-    from the device: it can be captured in a CUDA graph once and replayed with later plans.
+    from the device: it can be captured in a CUDA graph once and replayed with later plans, of at
+    most as many rows as the captured q has. Calls with plans of one planner share its buffers: they
+    must not run at the same time on several streams.
 
     Args:
         q: ``[padded_rows, q_heads, d]``, last two dimensions contiguous; rows beyond the plan's are
             padding.
-        k_cache, v_cache: ``[slots, kv_heads, d]`` of q's dtype, last two dimensions contiguous.
+        k_cache, v_cache: ``[slots, kv_heads, d]`` of q's dtype, last two dimensions contiguous. A
+            captured call knows their size: slots of later plans must lie below it.
         plan: of ``DecodePlanner.plan``.
         sm_scale: factor of the scores, normally ``d ** -0.5``.
         out: as q; None: allocated. Padding rows are set to zero.

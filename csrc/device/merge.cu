@@ -91,16 +91,18 @@ struct Pair {
 class Pairs {
  public:
   /// Pairs first, first + stride, ...
+  /// NOTE: load_l2 is volatile. Other loads ptxas moves behind the wait that they are to be ahead of.
   __device__ Pairs(const DecodeParams& params, int32_t first, int32_t stride) : pair_{} {
-    const int32_t rows = __ldg(params.plan + kHeaderRows);
+    const int32_t rows = ptx::load_l2(params.plan + kHeaderRows);
+    const int32_t part_ptr_offset = ptx::load_l2(params.plan + kHeaderOffPartPtr);
     const int32_t index = first + static_cast<int32_t>(threadIdx.x % 32) * stride;
     pair_.row = index / params.num_q_heads;
     pair_.head = index % params.num_q_heads;
     const bool exists = pair_.row < params.rows_padded;
     if (pair_.row < rows) {
-      const int32_t* part_ptr = params.plan + __ldg(params.plan + kHeaderOffPartPtr) + pair_.row;
-      pair_.begin = __ldg(part_ptr);
-      pair_.end = __ldg(part_ptr + 1);
+      const int32_t* part_ptr = params.plan + part_ptr_offset + pair_.row;
+      pair_.begin = ptx::load_l2(part_ptr);
+      pair_.end = ptx::load_l2(part_ptr + 1);
     }
     // A row without parts was written by the forward kernel.
     left_ = __ballot_sync(0xffffffffu, exists && (pair_.row >= rows || pair_.begin < pair_.end));
