@@ -112,13 +112,13 @@ class PatMixin(AttentionBackend):
         state = self._pat
         if state.in_base or not self._pat_serves(forward_batch):
             return super().init_forward_metadata(forward_batch)
-        # The rids come from the scheduler's batch; a dummy forward has none. Rows that DP
-        # attention appended for padding have no rid.
-        rids = getattr(forward_batch, "rids", None)
-        rows = min(len(rids), forward_batch.batch_size) if rids else forward_batch.batch_size
-        self._pat_plan(forward_batch, rows, real=bool(rids))
+        # The rids come from the scheduler's batch; a dummy forward has none.
+        real = bool(getattr(forward_batch, "rids", None))
+        rows = forward_batch.batch_size
+        self._pat_plan(forward_batch, state.feed.rows(rows) if real else rows, real=real)
         state.base_pending = forward_batch
-        if state.base_needed:
+        # Before the first forward nobody knows which layers there are, or what else reads it.
+        if state.base_needed or not state.verdicts:
             self._pat_base_metadata()
         return None
 

@@ -46,6 +46,8 @@ def runner_reason(runner: Any) -> str | None:
         return f"the tree of --radix-cache-backend {args.radix_cache_backend} cannot be read"
     if getattr(args, "enable_streaming_session", False):
         return "the nodes of streaming sessions cannot be read"
+    if getattr(runner, "prefill_aware_swa", False):
+        return "prefill-aware sliding window (fa3 cuts the pages of every layer)"
     if getattr(runner, "use_mla_backend", False):
         return "MLA model"
     if getattr(runner.model_config, "is_encoder_decoder", False):
@@ -99,9 +101,15 @@ def layer_reason(layer: Any) -> str | None:
         return f"head dim {layer.qk_head_dim}"
     if layer.tp_k_head_num != layer.tp_v_head_num or layer.tp_q_head_num % layer.tp_k_head_num:
         return "head counts"
-    if layer.k_scale is not None or layer.v_scale is not None:
+    if _is_scaled(layer, "k") or _is_scaled(layer, "v"):
         return "K/V scales"
     return None
+
+
+def _is_scaled(layer: Any, side: str) -> bool:
+    """Whether K or V has a scale; FP8 weights give every layer one, 1 if none is stored."""
+    scale = getattr(layer, f"{side}_scale")
+    return scale is not None and getattr(layer, f"{side}_scale_float", None) != 1.0
 
 
 def arguments_reason(kwargs: dict[str, Any]) -> str | None:

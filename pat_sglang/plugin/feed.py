@@ -52,6 +52,13 @@ class StructureFeed:
         """The request of each row of the step to come; None: not known."""
         return None if self._pending is None else self._pending.reqs
 
+    def rows(self, padded: int) -> int:
+        """Rows of the step to come, of ``padded`` ones: DP attention appends others behind them.
+
+        Not one a request: beam search has rows that no request stands for.
+        """
+        return padded if self._pending is None else min(len(self._pending.seq_lens), padded)
+
     def expected(self, rows: int) -> BatchStructure | None:
         """What ``take`` will most likely return, if that is the structure of the last step."""
         batch = self._pending
@@ -65,9 +72,9 @@ class StructureFeed:
         if batch is None:
             return None
         if len(batch.reqs) != len(host_lens):
-            METRICS.count_reason("no_sharing", "rows of the step and of the structure differ")
-            self.tracker.drop()
-            return None
+            # Beam search, which also moves what a row has written so far to other rows: each step
+            # is planned anew, from what req_to_token has.
+            return self.tracker.unknown("rows that are no requests (beam search)")
         return self.tracker.observe(batch, host_lens)
 
     def check_fired(self) -> None:

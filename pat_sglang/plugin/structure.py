@@ -79,6 +79,12 @@ class StructureTracker:
         self._structure = BatchStructure(self._version, self._reqs, forest, leaf_of_row, unknown)
         return self._structure
 
+    def unknown(self, reason: str) -> BatchStructure:
+        """Structure of a step of which nothing can be known; that of the last one is forgotten."""
+        self.drop()
+        self._version += 1
+        return BatchStructure(self._version, [], None, None, reason)
+
     def drop(self) -> None:
         """Forget the signature: the next decode step plans anew."""
         self._structure = None

@@ -127,10 +127,12 @@ class MiniScheduler:
         """What ForwardBatch.init_new is given."""
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+        lens = torch.tensor([self.lens[req] for req in reqs], dtype=torch.int64)
         return SimpleNamespace(
             reqs=reqs,
             tree_cache=self.tree,
-            seq_lens_cpu=torch.tensor([self.lens[req] for req in reqs], dtype=torch.int64),
+            seq_lens=lens.to(self.pool.device),
+            seq_lens_cpu=lens,
             forward_mode=ForwardMode[mode],
             spec_info=None,
         )

@@ -204,7 +204,7 @@ def test_base_metadata_is_prepared_at_replay_when_a_captured_layer_needs_it():
     assert counts("layers_on_base") == ({"logit soft cap": 1},)
 
 
-def test_base_metadata_is_prepared_late_in_eager_mode():
+def test_base_metadata_of_eager_steps():
     calls = []
     fixture = Fixture(graph_base(calls))
     fixture.layers[1].sliding_window_size = 8
@@ -212,15 +212,17 @@ def test_base_metadata_is_prepared_late_in_eager_mode():
     batch = fixture.scheduler.decode(reqs)
     on_init_new(None, None, batch, fixture.runner)
     view = fixture.forward_batch(batch)
-    fixture.backend.init_forward_metadata(view)
-    assert calls == []
     q, kv = torch.randn(3, HEADS * HEAD_DIM), torch.randn(3, KV_HEADS, HEAD_DIM)
-    fixture.backend.forward_decode(q, kv, kv.clone(), fixture.layers[0], view)
-    assert calls == []
-    fixture.backend.forward_decode(q, kv, kv.clone(), fixture.layers[1], view)
-    assert calls == ["eager", "base layer"]
     fixture.backend.init_forward_metadata(view)
-    assert calls[2:] == ["eager"]  # from now on in time
+    assert calls == ["eager"]  # nobody has seen a forward of this model, anything may read it
+    fixture.backend.forward_decode(q, kv, kv.clone(), fixture.layers[0], view)
+    fixture.backend.init_forward_metadata(view)
+    assert calls == ["eager"]  # no layer needed it
+    fixture.backend.forward_decode(q, kv, kv.clone(), fixture.layers[0], view)
+    fixture.backend.forward_decode(q, kv, kv.clone(), fixture.layers[1], view)
+    assert calls[1:] == ["eager", "base layer"]  # one that did not run before does
+    fixture.backend.init_forward_metadata(view)
+    assert calls[3:] == ["eager"]  # from now on in time
 
 
 def test_idle_replay_of_a_padding_only_batch():
@@ -287,6 +289,38 @@ def test_a_step_the_hook_missed_is_right_and_reported(fixture, caplog):
     assert counts("no_sharing") == ({"the hook did not see this step": 1},)
 
 
+@pytest.mark.parametrize("entry", ["init_forward_metadata", "init_forward_metadata_out_graph"])
+def test_beams_are_rows_without_a_request_and_take_over_each_others_slots(monkeypatch, entry):
+    """As 0.5.23 runs beam search: the list of requests is the same, req_to_token is not."""
+    monkeypatch.setenv("PAT_SGLANG_VALIDATE", "1")
+    fixture = Fixture(graph_base([]))
+    scheduler, table = fixture.scheduler, fixture.scheduler.pool.req_to_token
+    leader, running = fixture.serve(SYSTEM), []
+    running.append(leader)
+    rows = torch.tensor([leader.req_pool_idx, scheduler.pool.free_slots.pop()])
+    prompt = scheduler.lens[leader]
+    table[rows[1], :prompt] = table[rows[0], :prompt]
+    for step in range(4):
+        batch = scheduler.decode(running)
+        at = scheduler.lens[leader] - 1
+        table[rows[1], at] = scheduler._slots(1)[0]
+        batch.seq_lens = batch.seq_lens.repeat(2)
+        on_init_new(None, None, batch, fixture.runner)
+        view = SimpleNamespace(
+            batch_size=2, num_padding=0, rids=[leader.rid], forward_mode=batch.forward_mode,
+            spec_info=None, encoder_lens=None, req_pool_indices=rows, seq_lens=batch.seq_lens,
+            seq_lens_cpu=batch.seq_lens.clone(), out_cache_loc=table[rows, at].long(),
+        )  # fmt: skip
+        getattr(fixture.backend, entry)(view)
+        fixture.base.init_forward_metadata(view)
+        for layer in fixture.layers:
+            fixture.compare(layer, view, 2)
+        survivors = rows.flip(0) if step % 2 else rows[[1, 1]]
+        table[rows, prompt : at + 1] = table[survivors, prompt : at + 1]
+    assert counts("plans_made", "plans_kept") == (4, 0)
+    assert counts("no_sharing") == ({"rows that are no requests (beam search)": 4},)
+
+
 def test_a_hook_that_never_fires_stops_a_strict_server(fixture, monkeypatch):
     monkeypatch.setenv("PAT_SGLANG_STRICT", "1")
     req = fixture.scheduler.serve(SYSTEM)
@@ -309,7 +343,7 @@ def test_a_hook_that_never_fires_stops_a_strict_server(fixture, monkeypatch):
         ("logit_cap", 50.0, "logit soft cap"),
         ("xai_temperature_len", 1024, "xai temperature"),
         ("v_head_dim", 32, "head dims of K and V differ"),
-        ("k_scale", torch.ones(1), "K/V scales"),
+        ("k_scale", torch.ones(()), "K/V scales"),
     ],
 )
 def test_layers_pat_does_not_know(name, value, reason):
@@ -319,6 +353,17 @@ def test_layers_pat_does_not_know(name, value, reason):
     assert eligibility.layer_reason(layer) is None
     setattr(layer, name, value)
     assert eligibility.layer_reason(layer) == reason
+
+
+@pytest.mark.parametrize(("k", "v"), [(1.0, 1.0), (1.0, 0.5), (0.5, 1.0)])
+def test_scales_of_one_are_none(k, v):
+    """FP8 weights bring them, whatever the KV cache is."""
+    from pat_sglang.plugin import eligibility
+
+    layer = Fixture().layers[0]
+    layer.k_scale, layer.v_scale = (torch.nn.Parameter(torch.tensor(x)) for x in (k, v))
+    layer.k_scale_float, layer.v_scale_float = k, v
+    assert eligibility.layer_reason(layer) == (None if k == v == 1 else "K/V scales")
 
 
 def test_encoder_only_layers_and_head_dims():
@@ -340,10 +385,12 @@ def test_unknown_arguments_go_to_the_base():
     batch = fixture.scheduler.decode(reqs)
     on_init_new(None, None, batch, fixture.runner)
     view = fixture.forward_batch(batch)
-    fixture.backend.init_forward_metadata(view)
     q, kv = torch.randn(2, HEADS * HEAD_DIM), torch.randn(2, KV_HEADS, HEAD_DIM)
     layer = fixture.layers[0]
-    fixture.backend.forward_decode(q, kv, kv.clone(), layer, view, sinks=None)
+    for _ in range(2):
+        fixture.backend.init_forward_metadata(view)
+        calls.clear()
+        fixture.backend.forward_decode(q, kv, kv.clone(), layer, view, sinks=None)
     assert calls == []
     fixture.backend.forward_decode(q, kv, kv.clone(), layer, view, sinks=torch.zeros(HEADS))
     assert calls == ["eager", "base layer"]
@@ -436,6 +483,12 @@ def test_mla(caplog):
     fixture = Fixture()
     fixture.runner.use_mla_backend = True
     assert declined(remade(fixture), caplog) == "MLA model"
+
+
+def test_prefill_aware_sliding_window(caplog):
+    fixture = Fixture()
+    fixture.runner.prefill_aware_swa = True
+    assert "prefill-aware" in declined(remade(fixture), caplog)
 
 
 def test_metadata_glue_graph(monkeypatch, caplog):
