@@ -114,9 +114,14 @@ def assert_equal(mine: Sequence[Answer], base: Sequence[Answer]) -> None:
         assert worst < 1e-3, f"request {index}: log-probabilities differ by {worst}"
 
 
+def states_of(url: str) -> list[dict[str, Any]]:
+    """The state of the first rank, or of each of those that have requests of their own."""
+    info: dict[str, Any] = requests.get(f"{url}/get_server_info", timeout=30).json()
+    return list(info["internal_states"])
+
+
 def state_of(url: str) -> dict[str, Any]:
-    info = requests.get(f"{url}/get_server_info", timeout=30).json()
-    return info["internal_states"][0]
+    return states_of(url)[0]
 
 
 def assert_nothing_declined(pat: dict[str, Any]) -> None:

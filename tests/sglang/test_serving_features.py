@@ -12,7 +12,7 @@ What SGLang 0.5.17 cannot do here is checked on a GPU by scripts/gpu_features_ch
 - HiCache (its host pool calls cudaHostRegister)
 - data-parallel attention (torch_native has no get_cuda_graph_seq_len_fill_value)
 
-Tensor parallelism needs another model, see test_tensor_parallel.py.
+Tensor parallelism needs another model, see test_two_ranks.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Two tensor-parallel ranks on the CPU: each plans for its own heads, and answers as the base.
+"""Two ranks on the CPU, each for half of the heads or of the requests, answer as the base does.
 
 The model is small and random: SmolLM2's 9 query heads do not divide by 2. Attention matters in it:
 weights have the scale of trained ones, and prompts that end alike are answered differently.
@@ -23,11 +23,13 @@ from serving import (
     assert_equal,
     assert_nothing_declined,
     server,
-    state_of,
+    states_of,
 )
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 256, 512, 2, 4, 2, 64, 49152
 TWO_RANKS = ("--tp", "2", "--max-total-tokens", "4096")
+DATA_PARALLEL = ("--dp", "2", "--enable-dp-attention")
+STAND_INS = Path(__file__).parent / "stand_ins"
 BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # one core a rank
 
 SYSTEM = "The tower was built of grey granite, and its lamp was fed with whale oil. " * 4
@@ -44,12 +46,12 @@ def random_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(model / name, folder / name)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
         "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-        "torch_dtype": "float32",
+        "torch_dtype": "float32", "attention_bias": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     random = torch.Generator().manual_seed(3)
@@ -66,6 +68,8 @@ def random_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         of_layer = f"model.layers.{layer}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{of_layer}.{name}.weight"] = torch.ones(HIDDEN)
+        for name in ("q", "k"):
+            weights[f"{of_layer}.self_attn.{name}_norm.weight"] = torch.ones(HEAD_DIM)
         for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             weights[f"{of_layer}.self_attn.{name}_proj.weight"] = weight(heads * HEAD_DIM, HIDDEN)
         weights[f"{of_layer}.self_attn.o_proj.weight"] = 4 * weight(HIDDEN, HEADS * HEAD_DIM)
@@ -83,18 +87,25 @@ def serve(url: str) -> list[Answer]:
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="SGLang binds each CPU rank to a core")
-def test_two_ranks_answer_as_the_base_does(random_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dp", [False, True], ids=["tensor parallel", "DP attention"])
+def test_two_ranks_answer_as_the_base_does(random_model: Path, tmp_path: Path, dp: bool) -> None:
+    """DP attention: ranks pad to one size, and one of them runs out of requests first."""
     log = tmp_path / "pat.log"
-    options = (*TWO_RANKS, "--attention-backend")
-    with server(tmp_path / "base.log", random_model, *options, "torch_native", **BOUND) as url:
+    options = (*TWO_RANKS, *(DATA_PARALLEL if dp else ()), "--attention-backend")
+    path = os.pathsep.join([str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**BOUND, "PYTHONPATH": path}
+    with server(tmp_path / "base.log", random_model, *options, "torch_native", **environment) as url:
         expected = serve(url)
-    with server(log, random_model, *options, "pat", **BOUND, **CHECKED) as url:
+    with server(log, random_model, *options, "pat", **environment, **CHECKED) as url:
         answers = serve(url)
-        pat = state_of(url)["pat"]
+        states = [state["pat"] for state in states_of(url)]
 
     assert_equal(answers, expected)
     assert len({round(answer.logprobs[0], 3) for answer in expected}) == len(PROMPTS)
-    assert pat["shared_segments"] > 0 and pat["planned_kv_tokens"] < pat["unshared_kv_tokens"]
-    assert_nothing_declined(pat)
+    assert len(states) == (2 if dp else 1)  # of tensor-parallel ranks the first one answers
+    for pat in states:
+        assert pat["shared_segments"] > 0 and pat["planned_kv_tokens"] < pat["unshared_kv_tokens"]
+        assert_nothing_declined(pat)
     banners = [line for line in log.read_text().splitlines() if "decode attention by PAT" in line]
-    assert len(banners) == 2 and all(f"{HEADS // 2}/{KV_HEADS // 2} heads" in b for b in banners)
+    heads = f"{HEADS}/{KV_HEADS} heads" if dp else f"{HEADS // 2}/{KV_HEADS // 2} heads"
+    assert len(banners) == 2 and all(heads in banner for banner in banners)
