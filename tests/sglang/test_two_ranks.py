@@ -94,7 +94,9 @@ def test_two_ranks_answer_as_the_base_does(random_model: Path, tmp_path: Path, d
     options = (*TWO_RANKS, *(DATA_PARALLEL if dp else ()), "--attention-backend")
     path = os.pathsep.join([str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**BOUND, "PYTHONPATH": path}
-    with server(tmp_path / "base.log", random_model, *options, "torch_native", **environment) as url:
+    with server(
+        tmp_path / "base.log", random_model, *options, "torch_native", **environment
+    ) as url:
         expected = serve(url)
     with server(log, random_model, *options, "pat", **environment, **CHECKED) as url:
         answers = serve(url)

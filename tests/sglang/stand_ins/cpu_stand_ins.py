@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An SGLang plug-in of the tests: what LoRA, DP attention and the sizing of the KV pool miss on a CPU.
+"""An SGLang plug-in of the tests: what LoRA, DP attention and the KV pool's size miss on a CPU.
 
 A server loads it when this folder is on its PYTHONPATH (the metadata beside it is its entry point).
 """
@@ -61,4 +61,5 @@ def _data_parallel_attention() -> None:
     dp_attention.memcpy_triton = copy
     GroupCoordinator.all_gather_into_tensor = GroupCoordinator._all_gather_into_tensor
     GroupCoordinator.reduce_scatter_tensor = GroupCoordinator._reduce_scatter_tensor
-    TorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = lambda self: 1
+    for kind in ("cuda", "cpu"):  # 0.5.23 asks for that of the device
+        setattr(TorchNativeAttnBackend, f"get_{kind}_graph_seq_len_fill_value", lambda self: 1)
