@@ -3,6 +3,7 @@
 
     bash scripts/bench_serving.sh --model qwen3-8b --tokenizer ~/gpu/smollm2 --backends pat,fa3
     bash scripts/bench_serving.sh --model /models/Qwen3-8B --backends pat,flashinfer,flashinfer-p64
+    bash scripts/bench_serving.sh --model qwen3-8b --tokenizer ~/gpu/smollm2 -- --tp 2
     bash scripts/bench_serving.sh --report                    what the stored results say
 
 Starts one server a backend, all at once (they must fit the GPU together: --max-total-tokens), and
@@ -43,8 +44,8 @@ from serving_report import COLUMNS, report
 from workloads import MOONCAKE, Point, points
 
 KEY = (
-    "model", "workload", "request_rate", "concurrency", "rivals", "max_total_tokens", "commit",
-    "backend", "round",
+    "model", "server_arguments", "workload", "request_rate", "concurrency", "rivals",
+    "max_total_tokens", "commit", "backend", "round",
 )  # fmt: skip
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 TRACE = common.ROOT.parent / "shared/traces" / MOONCAKE
@@ -269,6 +270,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         deadline = time.monotonic() + options.budget_s
         constant = {
             "model": model.name,
+            "server_arguments": " ".join(options.server_arguments),
             "rivals": "+".join(sorted(options.backends)),
             "max_total_tokens": options.max_total_tokens,
             **common.provenance(),

@@ -49,6 +49,7 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, list[Row]]]:
     groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in rows:
         measured_with = (row["rivals"], f"{row['max_total_tokens']} slots", row["commit"])
+        measured_with += (row["server_arguments"],) if row["server_arguments"] else ()
         of_load = groups.setdefault((row["model"], load_of(row), *measured_with), {})
         of_load.setdefault(row["backend"], []).append(row)
     return groups

@@ -30,7 +30,7 @@ def rows(backend: str, *factors: float, shared: bool = True, **changed: float) -
     constant = {
         "model": "m", "rivals": "fa3+pat", "workload": "prefix-4x32-4k", "gpu": "g", "commit": "c",
         "max_total_tokens": 1000, "request_rate": None, "concurrency": None, "shared": shared,
-        "backend": backend,
+        "backend": backend, "server_arguments": "",
     }  # fmt: skip
     made = []
     for number, factor in enumerate(factors):
@@ -121,8 +121,9 @@ def test_steps_of_the_servers_log() -> None:
     assert step_ms(line.format(64, 10.0)) is None
 
 
-def test_versions_are_not_mixed() -> None:
-    newer = [row | {"commit": "d"} for row in rows("pat", 0.5)]
+@pytest.mark.parametrize("other", [{"commit": "d"}, {"server_arguments": "--tp 2"}])
+def test_what_was_measured_with_other_things_is_not_mixed(other: dict[str, str]) -> None:
+    newer = [row | other for row in rows("pat", 0.5)]
     text = report([*rows("pat", 1.2), *rows("fa3", 1.0), *newer])
     assert "mean_tpot_ms 1.200 of fa3's" in text and text.count("against fa3") == 1
 
