@@ -23,8 +23,11 @@
 #        carry [".carry"]                           bash scripts/gpu_session.sh bench --budget-s 300
 #      likewise host (what a step costs outside the layers)
 #        carry [".carry"]                           bash scripts/gpu_session.sh load --backends pat,fa3
-#      load leaves $OUT/jit-cache.tgz, what SGLang compiled, unless it came along; in .carry/ it saves the next machine
-#      90 s of a first start
+#      load leaves $OUT/jit-cache.tgz.*, what SGLang compiled, unless it came along; in .carry/ (cat jit-cache.tgz.* >
+#      jit-cache.tgz) it saves the next machine 90 s of a first start. A call may last 10 minutes; a longer load outlives it:
+#        carry [".carry"]                           bash scripts/gpu_session.sh background load --backends pat,fa3
+#                                                   bash scripts/gpu_session.sh poll 570      (again and again: it waits for the
+#      end, brings the rows so far, and fails at once on a machine that has no such load)
 #   3. the model: model.00 and model.01 as parts (with `part`), then
 #        carry [".carry"]                           bash scripts/gpu_session.sh unpack
 #        carry [".carry"]                           bash scripts/gpu_session.sh serving
@@ -40,6 +43,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 repo=$PWD
 gpu=${PAT_GPU_HOME:-/root/gpu}
 parts=$gpu/parts
+away=/tmp/pat-background
 
 local_() {
   local python=${PYTHON:-/root/venv/bin/python} wheels=${BUNDLE_WORK:-$HOME/.cache/gpu-bundle}/wheels
@@ -191,18 +195,43 @@ load() {
   local status=0
   python3 scripts/bench_serving.py --tokenizer .carry/tokenizer --trace .carry/mooncake_conversation_trace.jsonl \
     "$@" 2>&1 | tee "$log" || status=$?
-  if [ ! -e .carry/jit-cache.tgz ]; then
-    (cd "$HOME" && ls -d .cache/tvm-ffi .cache/flashinfer .cache/sglang .triton 2>/dev/null) |
-      tar -C "$HOME" -czf "${OUT:-/tmp}/jit-cache.tgz" -T - || true
-  fi
+  jit_cache
   return $status
 }
 
-command=${1:?local, part, unpack, tests, kernels, repeat, sanitize, floor, regret, ablation, host, bench, serving, features or load}
+# In pieces: a file that comes back has 16 MiB at most.
+jit_cache() {
+  [ -e .carry/jit-cache.tgz ] && return
+  (cd "$HOME" && ls -d .cache/tvm-ffi .cache/flashinfer .cache/sglang .triton 2>/dev/null) |
+    tar -C "$HOME" -cz -T - | split -b 15m - "${OUT:-/tmp}/jit-cache.tgz." || true
+}
+
+# A subcommand in a copy of the tree, which the next call would replace, and a process group of its own.
+background() {
+  rm -rf "$away"
+  mkdir -p "$away/out"
+  cp -r pat_sglang csrc scripts results tests pyproject.toml README.md .carry "$away/"
+  cd "$away"
+  OUT=$away/out setsid bash -c 'bash scripts/gpu_session.sh "$@" > out/console 2>&1; echo "ended with $?" > out/ended' \
+    _ "$@" < /dev/null > /dev/null 2>&1 &
+}
+
+poll() {
+  [ -d "$away/out" ] || { echo "nothing was started on this machine" >&2; exit 1; }
+  local end=$((SECONDS + $1))
+  while [ $SECONDS -lt $end ] && [ ! -e "$away/out/ended" ]; do sleep 1; done
+  find "$away/results" -newer "$away/pyproject.toml" -type f -exec cp -t "${OUT:-/tmp}" {} +
+  [ -e "$away/out/ended" ] || jit_cache
+  find "$away/out" -name 'jit-cache*' -exec cp -t "${OUT:-/tmp}" {} +
+  grep -v -i warn "$away/out/console" | tail -n "${2:-60}"
+  cat "$away/out/ended" 2>/dev/null || true
+}
+
+command=${1:?local, part, unpack, tests, kernels, repeat, sanitize, floor, regret, ablation, host, bench, serving, features, load, background or poll}
 shift
 case $command in
   local) local_ ;;
   floor | regret | ablation | host) alone "$command" "$@" ;;
-  part | unpack | tests | kernels | repeat | sanitize | bench | serving | features | load) "$command" "$@" ;;
+  part | unpack | tests | kernels | repeat | sanitize | bench | serving | features | load | background | poll) "$command" "$@" ;;
   *) echo "unknown subcommand $command" >&2; exit 2 ;;
 esac
