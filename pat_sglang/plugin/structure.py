@@ -157,7 +157,7 @@ class _TreeReader:
             logger.warning("pat-sglang: %s; decoding without sharing", message)
 
     def _walkable_nodes(self, nodes: list[Any]) -> tuple[list[Any], str | None]:
-        """Nodes with ``parent`` and ``key``, None for those that cannot be walked, and why not."""
+        """Nodes with parent, key and children, None for those that have not, and why not."""
         unknown = None
         if self._resolve is not None:
             resolve = self._resolve
@@ -165,7 +165,9 @@ class _TreeReader:
         for kind in set(map(type, nodes)):
             if kind not in self._walkable:
                 example = next(node for node in nodes if type(node) is kind)
-                self._walkable[kind] = hasattr(example, "parent") and hasattr(example, "key")
+                self._walkable[kind] = all(
+                    hasattr(example, name) for name in ("parent", "key", "children")
+                )
             if not self._walkable[kind]:
                 nodes = [None if type(node) is kind else node for node in nodes]
                 if kind is not type(None):
@@ -390,17 +392,16 @@ class _SharedNodes:
         return not returns or self._ends_differ(nodes)
 
     def _joins(self, last: Any) -> bool:
-        """Takes in a row that ends in a node of ours, or in one of its own right below.
+        """Takes in a row that ends in a node of ours, or below one in nodes that only it passes.
 
-        Any other row passes a node that is not ours and may be another row's, and so does one
-        whose last node has others below it.
+        Nodes that are not ours are its own if none has another child and no row ends in one.
         """
-        if last not in self._index:
-            if last.parent not in self._index or getattr(last, "children", True):
+        node, below = last, 0
+        while node not in self._index:
+            if len(node.children) > below or node in self.leaf:
                 return False
-            self.leaf[last] = self._index[last.parent]
-        else:
-            self.leaf[last] = self._index[last]
+            node, below = node.parent, 1
+        self.leaf[last] = self._index[node]
         return True
 
     def _ends_differ(self, nodes: Sequence[Any]) -> bool:

@@ -508,6 +508,32 @@ def test_paths_of_ids_are_followed(kind):
     assert kept > 500 and shared > 300
 
 
+def test_one_row_of_many_changes():
+    """One id is asked for, no node of another row is made anew, and the forest stays."""
+    tree, tracker = IdTree(), StructureTracker()
+    cache = SimpleNamespace(tree_core=tree, disable=False)
+
+    def admit(row):  # a system prompt, then 15 chunks
+        for chunks in range(1, 16):
+            last = tree.insert((*SYSTEM, *(1000 + row,) * 8 * chunks))
+        return last
+
+    rows = [admit(row) for row in range(256)]
+    assert len(tree.path(rows[0])) == 16
+    before = observe_batch(fake_batch(cache, rows, [200] * 256), tracker)
+    known = dict(tracker._reader._paths._nodes)
+    tree.asked.clear()
+    for step in range(20):
+        rows = [*rows[:100], *rows[101:], admit(256 + step)]
+        after = observe_batch(fake_batch(cache, rows, [200] * 256), tracker)
+        assert after.forest is before.forest and after.leaf_of_row.tolist() == [0] * 256
+        assert tree.asked == [rows[-1]]
+        made = tracker._reader._paths._nodes.items() - known.items()
+        assert len(made) == 15
+        known = dict(tracker._reader._paths._nodes)
+        tree.asked.clear()
+
+
 def test_a_private_node_that_a_new_row_splits_is_looked_at_again():
     """Neither row's path tells of the other: the known one has to be asked for again."""
     tree, tracker = IdTree(), StructureTracker()
@@ -553,6 +579,29 @@ def test_a_reading_that_failed_halfway_leaves_nothing_behind(monkeypatch):
     assert failed.forest is None and failed.no_sharing == "tree lookup failed: KeyError"
     found = observe_batch(fake_batch(cache, rows, [100] * 2), tracker)
     assert row_depths(found)[0][1] == 40
+
+
+def test_a_row_below_the_end_of_another_is_no_row_of_its_own():
+    top = Node(Node(None, 0), 10)
+    rows = [Node(top, 5) for _ in range(3)]
+    builder = ForestBuilder()
+    builder.build(rows, np.full(3, 40))
+    middle = Node(rows[0], 4)
+    forest, leaf_of_row = builder.build([*rows, Node(middle, 3)], np.full(4, 40))
+    assert forest.length.tolist() == [10, 5] and leaf_of_row.tolist() == [1, 0, 0, 1]
+
+
+def test_a_row_whose_nodes_are_its_own_keeps_the_forest():
+    top = Node(Node(None, 0), 10)
+    rows = [Node(top, 5) for _ in range(3)]
+    builder = ForestBuilder()
+    before, _ = builder.build(rows, np.full(3, 40))
+    chunks = [Node(top, 5)]
+    chunks += [Node(chunks[0], 6)]
+    forest, leaf_of_row = builder.build([*rows, chunks[1]], np.full(4, 40))
+    assert forest is before and leaf_of_row.tolist() == [0] * 4
+    forest, leaf_of_row = builder.build([*rows, *chunks[::-1]], np.full(5, 40))
+    assert forest.length.tolist() == [10, 5] and leaf_of_row.tolist() == [0, 0, 0, 1, 1]
 
 
 def test_opaque_handles_share_nothing():
