@@ -15,9 +15,10 @@ only refines boundaries inside ranges that are shared already.
 from __future__ import annotations
 
 import logging
+import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import length_hint
 from typing import Any, NamedTuple
 
@@ -111,6 +112,7 @@ class StructureTracker:
             # A wrong guess about a tree must not stop a server that the base would keep running.
             if envs.STRICT.get():
                 raise
+            self._reader.forget()
             reason = f"tree lookup failed: {type(error).__name__}"
             self._reader.warn_once(f"{reason}: {error}")
             return None, None, reason
@@ -126,7 +128,7 @@ class _TreeReader:
         core = getattr(self._tree, "tree_core", None)
         self._collect = getattr(core, "collect_path_info", None)  # 0.5.22+, both tree cores
         self._resolve = getattr(self._tree, "resolve_node_handle", None)
-        self._builder = ForestBuilder()
+        self.forget()
         self._walkable: dict[type, bool] = {type(None): False}
         self._warned = False
 
@@ -138,6 +140,8 @@ class _TreeReader:
             return None, None, "no prefix tree"
         if getattr(self._tree, "disable", False):
             return None, None, "radix cache is off"
+        if self._paths is not None:
+            nodes = self._paths.follow(nodes)
         try:
             return (*self._builder.build(nodes, lens), None)
         except AttributeError:  # some are no nodes: ids, opaque handles
@@ -147,6 +151,11 @@ class _TreeReader:
             return None, None, unknown
         return forest, leaf_of_row, None
 
+    def forget(self) -> None:
+        """Starts anew, as after a reading that failed halfway."""
+        self._paths = None if self._collect is None else _KnownPaths(self._collect)
+        self._builder = ForestBuilder()
+
     def warn_once(self, message: str) -> None:
         """One line a tree, however often it goes wrong."""
         if not self._warned:
@@ -154,54 +163,116 @@ class _TreeReader:
             logger.warning("pat-sglang: %s; decoding without sharing", message)
 
     def _walkable_nodes(self, nodes: list[Any]) -> tuple[list[Any], str | None]:
-        """Nodes with ``parent`` and ``key``, None for those that cannot be walked, and why not."""
+        """Nodes with parent, key and children, None for those that have not, and why not."""
         unknown = None
-        if any(type(node) is int for node in nodes):
-            nodes = self._resolve_ids(nodes)
+        if self._resolve is not None:
+            resolve = self._resolve
+            nodes = [resolve(node) if type(node) is int else node for node in nodes]
         for kind in set(map(type, nodes)):
             if kind not in self._walkable:
                 example = next(node for node in nodes if type(node) is kind)
-                self._walkable[kind] = hasattr(example, "parent") and hasattr(example, "key")
+                self._walkable[kind] = all(
+                    hasattr(example, name) for name in ("parent", "key", "children")
+                )
             if not self._walkable[kind]:
                 nodes = [None if type(node) is kind else node for node in nodes]
                 if kind is not type(None):
                     unknown = f"nodes of type {kind.__name__} are opaque"
         return nodes, unknown
 
-    def _resolve_ids(self, nodes: list[Any]) -> list[Any]:
-        """Node objects for the integer ids of the unified trees."""
-        if self._collect is not None:
-            return self._nodes_of_paths(nodes)
-        if self._resolve is None:
-            return [None if type(node) is int else node for node in nodes]
-        resolve = self._resolve
-        return [resolve(node) if type(node) is int else node for node in nodes]
 
-    def _nodes_of_paths(self, nodes: list[Any]) -> list[Any]:
-        """Stand-ins for nodes that live in a tree core without node objects (Rust)."""
-        assert self._collect is not None
-        ids = list(dict.fromkeys(node for node in nodes if type(node) is int))
-        root = _PathNode(None, range(0))
-        known: dict[int, _PathNode] = {}
-        last: dict[int, _PathNode] = {}
-        for node_id, path in zip(ids, self._collect(ids), strict=True):
-            above = root
-            for info in path:
-                node = known.get(info.node_id)
-                if node is None:
-                    node = _PathNode(above, range(info.path_start, info.path_end))
-                    known[info.node_id] = node
-                above = node
-            last[node_id] = above
-        return [last[node] if type(node) is int else node for node in nodes]
+class _KnownPaths:
+    """Stand-ins for the nodes that rows pass in a tree core without node objects (Rust).
+
+    The core is asked only for the paths of last nodes that are new. What it said of others stays
+    true: it gives ids in ascending order and none twice, a node ends where it always did, nodes of
+    running rows are not evicted, and a split puts a new node above the old one, which keeps its id.
+    So all that a known path can lack are nodes which splits have put into it since. They part no
+    two known paths, for a split node was on both or on one of them. A new path may end in such a
+    node or leave there: then the known nodes below it are asked for again.
+    """
+
+    def __init__(self, collect: Any) -> None:
+        self._collect = collect
+        self._root = _PathNode(-1, 0)
+        self._nodes: dict[int, _PathNode] = {}
+        self._last: dict[Any, _PathNode] = {}  # the last nodes of rows
+
+    def follow(self, nodes: list[Any]) -> list[Any]:
+        """Stand-ins for the ids among the last nodes of a batch; forgets what no row passes."""
+        # Forgotten first: ids of rows that are gone may be unknown to the core by now.
+        for last in self._last.keys() - set(nodes):
+            self._forget(self._last.pop(last))
+        new = [node for node in nodes if node not in self._last and type(node) is int]
+        if new:
+            self._add(list(dict.fromkeys(new)))
+        return [self._last.get(node, node) for node in nodes]
+
+    def _forget(self, node: _PathNode) -> None:
+        """``node`` and what is above it, as far as no row passes."""
+        while node.parent is not None and not node.children and node.id not in self._last:
+            del self._nodes[node.id]
+            node.parent.children.remove(node)
+            node = node.parent
+
+    def _add(self, ids: list[int]) -> None:
+        new: dict[_PathNode, float] = {}
+        for last, path in zip(ids, self._collect(ids), strict=True):
+            self._last[last] = self._hang(path, new)
+        newest: dict[_PathNode, int] = {}
+        for node, num_children in new.items():
+            if num_children > len(node.children):  # and known nodes may be among the others
+                top, above = node, node.parent
+                while above in new:
+                    top, above = above, above.parent
+                assert above is not None
+                newest[above] = max(top.id, newest.get(above, -1))
+        # Known nodes below a new one hang where its topmost new ancestor does, and are older: else
+        # that one would have been on their paths.
+        stale = [
+            node.id
+            for above, newest_id in newest.items()
+            for node in above.children
+            if node.id < newest_id and node not in new
+        ]
+        for path in self._collect(stale) if stale else ():
+            self._hang(path, new)
+
+    def _hang(self, path: Sequence[Any], new: dict[_PathNode, float]) -> _PathNode:
+        """Puts each node of a path below the one before it; returns the last.
+
+        Args:
+            path: TreePathNodeInfo from the top.
+            new: takes the number of children in the tree of each node not known before.
+        """
+        above = self._root
+        for info in path:
+            node = self._nodes.get(info.node_id)
+            if node is None:
+                node = self._nodes[info.node_id] = _PathNode(info.node_id, info.path_end)
+                new[node] = getattr(info, "num_children", math.inf)  # 0.5.22 does not say
+            if node.parent is not above:
+                if node.parent is not None:
+                    node.parent.children.remove(node)
+                node.parent = above
+                above.children.add(node)
+            above = node
+        return above
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _PathNode:
-    """What a forest needs of a tree node: its parent and the length of its key."""
+    """What a forest needs of a tree node."""
 
-    parent: _PathNode | None
-    key: range
+    id: int
+    end: int  # tokens from the root
+    parent: _PathNode | None = None  # the root's alone stays None
+    children: set[_PathNode] = field(default_factory=set)  # that rows pass
+
+    @property
+    def key(self) -> range:
+        """As long as the node's key, given the nodes that are known."""
+        return range(0 if self.parent is None else self.parent.end, self.end)
 
 
 class ForestBuilder:
@@ -327,17 +398,16 @@ class _SharedNodes:
         return not returns or self._ends_differ(nodes)
 
     def _joins(self, last: Any) -> bool:
-        """Takes in a row that ends in a node of ours, or in one of its own right below.
+        """Takes in a row that ends in a node of ours, or below one in nodes that only it passes.
 
-        Any other row passes a node that is not ours and may be another row's, and so does one
-        whose last node has others below it.
+        Nodes that are not ours are its own if none has another child and no row ends in one.
         """
-        if last not in self._index:
-            if last.parent not in self._index or getattr(last, "children", True):
+        node, below = last, 0
+        while node not in self._index:
+            if len(node.children) > below or node in self.leaf:
                 return False
-            self.leaf[last] = self._index[last.parent]
-        else:
-            self.leaf[last] = self._index[last]
+            node, below = node.parent, 1
+        self.leaf[last] = self._index[node]
         return True
 
     def _ends_differ(self, nodes: Sequence[Any]) -> bool:

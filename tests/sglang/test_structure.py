@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from array import array
+from itertools import combinations, count
 from types import SimpleNamespace
 
 import numpy as np
@@ -279,6 +280,328 @@ def test_stale_node_ids_are_an_error_when_strict(monkeypatch):
     tree = SimpleNamespace(tree_core=RustCore({}), disable=False)
     with pytest.raises(KeyError):
         observe_batch(fake_batch(tree, [3, 3], [5, 5]))
+
+
+class IdTree:
+    """A radix tree of ids in a few lines, as the tree cores of 0.5.22+ are: no node objects."""
+
+    def __init__(self, counts_children=True):
+        self.counts_children = counts_children  # 0.5.22 does not
+        self.ids = count()
+        self.asked = []
+        self.reset()
+
+    def reset(self):
+        self.nodes = {next(self.ids): SimpleNamespace(parent=None, key=(), children={}, locks=0)}
+
+    def path(self, node):
+        path = []
+        while self.nodes[node].parent is not None:
+            path.append(node)
+            node = self.nodes[node].parent
+        return path[::-1]
+
+    def collect_path_info(self, ids):
+        self.asked.extend(ids)
+        paths = []
+        for last in ids:
+            paths.append([])
+            end = 0
+            for i in self.path(last):
+                node = self.nodes[i]
+                info = SimpleNamespace(
+                    node_id=i, path_start=end, path_end=(end := end + len(node.key))
+                )
+                if self.counts_children:
+                    info.num_children = len(node.children)
+                paths[-1].append(info)
+        return paths
+
+    def add(self, parent, key):
+        new = next(self.ids)
+        self.nodes[new] = SimpleNamespace(parent=parent, key=key, children={}, locks=0)
+        self.nodes[parent].children[key[0]] = new
+        return new
+
+    def match(self, tokens):
+        """The last node of what is there, split off if need be, and how long that is."""
+        at, done = min(self.nodes), 0
+        while done < len(tokens) and (child := self.nodes[at].children.get(tokens[done])):
+            node = self.nodes[child]
+            rest = tokens[done : done + len(node.key)]
+            same = next((i for i, t in enumerate(rest) if t != node.key[i]), len(rest))
+            if same < len(node.key):  # as UnifiedTreeCore._split_node: the lower part keeps its id
+                upper = self.add(at, node.key[:same])
+                self.nodes[upper].locks = node.locks
+                self.nodes[upper].children[node.key[same]] = child
+                node.parent, node.key = upper, node.key[same:]
+                child = upper
+            at, done = child, done + same
+        return at, done
+
+    def insert(self, tokens):
+        at, done = self.match(tokens)
+        return self.add(at, tokens[done:]) if done < len(tokens) else at
+
+    def lock(self, node, by=1):
+        for i in self.path(node):
+            self.nodes[i].locks += by
+        return node
+
+    def unlock(self, lock):
+        self.lock(lock, -1)
+
+    def evict(self):
+        for i in sorted(self.nodes, reverse=True):
+            node = self.nodes[i]
+            if node.parent is not None and not node.locks and not node.children:
+                del self.nodes[i]
+                del self.nodes[node.parent].children[node.key[0]]
+
+    def slots(self, node):
+        """What stands for slots: each prefix is there once, so tokens from the root do."""
+        return [token for i in self.path(node) for token in self.nodes[i].key]
+
+
+class RealIdTree:
+    """The same with SGLang's tree, on the Rust core."""
+
+    def __init__(self):
+        from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+        from sglang.srt.mem_cache.unified_cache.components import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        self.allocator = TokenToKVPoolAllocator(2048, torch.float32, "cpu", None, False)
+        self.cache = UnifiedRadixCache(
+            CacheInitParams(
+                req_to_token_pool=ReqToTokenPool(1, 8, "cpu", enable_memory_saver=False),
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=1,
+                disable=False,
+                tree_components=(ComponentType.FULL,),
+                tree_core_backend="rust",
+            )
+        )
+        self.lock, self.unlock = self.cache.lock, self.cache.unlock
+        self.asked = []
+
+    def collect_path_info(self, ids):
+        self.asked.extend(ids)
+        return self.cache.tree_core.collect_path_info(ids)
+
+    def reset(self):
+        self.cache.reset()
+        self.allocator.clear()
+
+    def match(self, tokens):
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        key = RadixKey(array("q", tokens), None)
+        found = self.cache.match_prefix(MatchPrefixParams(key=key))
+        return found.last_device_node, found.device_prefix_len
+
+    def insert(self, tokens):
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        if self.allocator.available_size() < 100:
+            self.evict()
+        slots = self.allocator.alloc(len(tokens))
+        key = RadixKey(array("q", tokens), None)
+        self.cache.insert(InsertParams(key=key, value=slots))
+        return self.match(tokens)[0]
+
+    def evict(self):
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        self.cache.evict(EvictParams(num_tokens=1 << 20))
+
+    def slots(self, node):
+        return self.cache.path_device_indices(node).tolist()
+
+
+def common(first, second):
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
+
+
+@pytest.mark.parametrize("kind", ["0.5.22", "0.5.23", "rust"])
+def test_paths_of_ids_are_followed(kind):
+    """Rows come, grow, end and go while nodes are split and evicted: the forest always says what
+    the rows' slots say, and nothing is kept that no row passes."""
+    if kind == "rust":
+        pytest.importorskip("sglang.srt.mem_cache.rust_tree_core.adapter")
+        tree = RealIdTree()
+    else:
+        tree = IdTree(counts_children=kind == "0.5.23")
+    rng = np.random.default_rng(17)
+    tracker, cache = StructureTracker(), SimpleNamespace(tree_core=tree, disable=False)
+    rows, ended = [], []  # (last node, lock, tokens)
+    kept = shared = 0
+
+    def some_tokens():
+        known = [tokens for _, _, tokens in rows] + ended
+        begin = known[int(rng.integers(len(known)))] if known and rng.random() < 0.8 else ()
+        begin = begin[: int(rng.integers(len(begin) + 1))]
+        return (*begin, *rng.integers(4, size=int(rng.integers(1, 9))).tolist())
+
+    def admit(tokens):
+        last = tree.insert(tokens)
+        return last, tree.lock(last), tokens
+
+    for _ in range(2000):
+        for _ in range(int(rng.integers(1, 4))):
+            match int(rng.integers(12)):
+                case 0:  # a request comes and goes between two steps
+                    tree.insert(some_tokens())
+                case 1:
+                    tree.match(some_tokens())
+                case 2:
+                    tree.evict()
+                case 3 if rows:  # published, or another chunk
+                    row = int(rng.integers(len(rows)))
+                    _, lock, tokens = rows[row]
+                    rows[row] = admit((*tokens, *rng.integers(4, size=3).tolist())[:60])
+                    tree.unlock(lock)
+                case 4 if rows and rng.random() < 0.3:  # what was found in the tree, no more
+                    tokens = some_tokens()
+                    last, length = tree.match(tokens)
+                    rows = [*rows, (last, tree.lock(last), tokens[:length])]
+                case 5 if ended and len(rows) < 12:  # retracted and back, evicted or not
+                    rows = [*rows, admit(ended.pop())]
+                case 6 if rng.random() < 0.1:
+                    rows = [rows[i] for i in rng.permutation(len(rows))]
+                case 7 if rng.random() < 0.05:  # flush_cache, which needs an idle server
+                    for _, lock, _ in rows:
+                        tree.unlock(lock)
+                    rows = []
+                    tree.reset()
+                case 8 | 9 | 10 if len(rows) < 12:
+                    rows = [*rows, admit(some_tokens())]
+                case _ if len(rows) > 4:
+                    _, lock, tokens = rows[(gone := int(rng.integers(len(rows))))]
+                    rows = rows[:gone] + rows[gone + 1 :]
+                    tree.unlock(lock)
+                    ended = [*ended[-8:], tokens]
+        last_nodes = [last for last, _, _ in rows]
+        before = tracker._reader and tracker._reader._builder._shared
+        structure = observe_batch(
+            fake_batch(cache, last_nodes, [len(tokens) + 1 for _, _, tokens in rows] or [1]),
+            tracker,
+        )
+        assert structure.no_sharing is None
+        same = before is tracker._reader._builder._shared
+        kept, shared = kept + same, shared + (same and structure.forest is not None)
+
+        slots = [tree.slots(last) for last in last_nodes]
+        assert [len(row) for row in slots] == [len(tokens) for _, _, tokens in rows]
+        depths = row_depths(structure)
+        for i, j in combinations(range(len(rows)), 2):
+            assert depths[i][j] == common(slots[i], slots[j])
+        passed = {info.node_id for path in tree.collect_path_info(last_nodes) for info in path}
+        assert tracker._reader._paths._nodes.keys() <= passed  # less what was split since
+    assert kept > 500 and shared > 300
+
+
+def test_one_row_of_many_changes():
+    """One id is asked for, no node of another row is made anew, and the forest stays."""
+    tree, tracker = IdTree(), StructureTracker()
+    cache = SimpleNamespace(tree_core=tree, disable=False)
+
+    def admit(row):  # a system prompt, then 15 chunks
+        for chunks in range(1, 16):
+            last = tree.insert((*SYSTEM, *(1000 + row,) * 8 * chunks))
+        return last
+
+    rows = [admit(row) for row in range(256)]
+    assert len(tree.path(rows[0])) == 16
+    before = observe_batch(fake_batch(cache, rows, [200] * 256), tracker)
+    known = dict(tracker._reader._paths._nodes)
+    tree.asked.clear()
+    for step in range(20):
+        rows = [*rows[:100], *rows[101:], admit(256 + step)]
+        after = observe_batch(fake_batch(cache, rows, [200] * 256), tracker)
+        assert after.forest is before.forest and after.leaf_of_row.tolist() == [0] * 256
+        assert tree.asked == [rows[-1]]
+        made = tracker._reader._paths._nodes.items() - known.items()
+        assert len(made) == 15
+        known = dict(tracker._reader._paths._nodes)
+        tree.asked.clear()
+
+
+def test_a_private_node_that_a_new_row_splits_is_looked_at_again():
+    """Neither row's path tells of the other: the known one has to be asked for again."""
+    tree, tracker = IdTree(), StructureTracker()
+    cache = SimpleNamespace(tree_core=tree, disable=False)
+    rows = [tree.insert((*SYSTEM, *TOOLS, i)) for i in (1, 2)]
+    rows.append(tree.insert((*SYSTEM, 5, 6, 7, 8)))
+    observe_batch(fake_batch(cache, rows, [100] * 3), tracker)
+    tree.asked.clear()
+    rows.append(tree.insert((*SYSTEM, 5, 6, 9)))
+    structure = observe_batch(fake_batch(cache, rows, [100] * 4), tracker)
+    assert row_depths(structure)[2][3] == 42 and row_depths(structure)[0][1] == 70
+    assert len(tree.asked) == 3  # it, the one split and the node of TOOLS
+
+
+def test_a_shared_node_that_was_split_is_two_once_a_row_shows_it():
+    tree, tracker = IdTree(), StructureTracker()
+    cache = SimpleNamespace(tree_core=tree, disable=False)
+    rows = [tree.insert((*SYSTEM, *TOOLS, i)) for i in (1, 2)]
+    before = observe_batch(fake_batch(cache, rows, [100] * 2), tracker)
+    tree.match(SYSTEM)
+    again = observe_batch(fake_batch(cache, rows, [100] * 2), tracker)
+    assert again.forest is before.forest and before.forest.length.tolist() == [70]
+    rows.append(tree.insert((*SYSTEM, *TOOLS, 3)))
+    after = observe_batch(fake_batch(cache, rows, [100] * 3), tracker)
+    assert after.forest.length.tolist() == [40, 30] and after.leaf_of_row.tolist() == [1, 1, 1]
+
+
+def test_a_reading_that_failed_halfway_leaves_nothing_behind(monkeypatch):
+    tree, tracker = IdTree(), StructureTracker()
+    cache = SimpleNamespace(tree_core=tree, disable=False)
+    rows = [tree.insert((*SYSTEM, 1))]
+    observe_batch(fake_batch(cache, rows, [100]), tracker)
+    rows.append(tree.insert((*SYSTEM, 2)))
+    asked, collect = count(), tree.collect_path_info
+
+    def fails_once(ids):
+        if next(asked) == 1:
+            raise KeyError(ids)
+        return collect(ids)
+
+    monkeypatch.setattr(tracker._reader._paths, "_collect", fails_once)
+    failed = observe_batch(fake_batch(cache, rows, [100] * 2), tracker)
+    assert failed.forest is None and failed.no_sharing == "tree lookup failed: KeyError"
+    found = observe_batch(fake_batch(cache, rows, [100] * 2), tracker)
+    assert row_depths(found)[0][1] == 40
+
+
+def test_a_row_below_the_end_of_another_is_no_row_of_its_own():
+    top = Node(Node(None, 0), 10)
+    rows = [Node(top, 5) for _ in range(3)]
+    builder = ForestBuilder()
+    builder.build(rows, np.full(3, 40))
+    middle = Node(rows[0], 4)
+    forest, leaf_of_row = builder.build([*rows, Node(middle, 3)], np.full(4, 40))
+    assert forest.length.tolist() == [10, 5] and leaf_of_row.tolist() == [1, 0, 0, 1]
+
+
+def test_a_row_whose_nodes_are_its_own_keeps_the_forest():
+    top = Node(Node(None, 0), 10)
+    rows = [Node(top, 5) for _ in range(3)]
+    builder = ForestBuilder()
+    before, _ = builder.build(rows, np.full(3, 40))
+    chunks = [Node(top, 5)]
+    chunks += [Node(chunks[0], 6)]
+    forest, leaf_of_row = builder.build([*rows, chunks[1]], np.full(4, 40))
+    assert forest is before and leaf_of_row.tolist() == [0] * 4
+    forest, leaf_of_row = builder.build([*rows, *chunks[::-1]], np.full(5, 40))
+    assert forest.length.tolist() == [10, 5] and leaf_of_row.tolist() == [0, 0, 0, 1, 1]
 
 
 def test_opaque_handles_share_nothing():
