@@ -40,7 +40,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -50,7 +49,7 @@ import torch
 
 sys.path.insert(0, str(common.ROOT / "tests" / "sglang"))
 
-from scheduling import MiniScheduler, model_runner
+from scheduling import MiniScheduler, forward_view, model_runner
 
 from pat_sglang import envs
 from pat_sglang.plugin.graphs import AppendingGraphs
@@ -171,10 +170,9 @@ class Bed:
 
     def inputs(self, forward_mode: Any, **others: Any) -> Any:
         """The batch that the backend is handed, in the graphs' inputs."""
-        return SimpleNamespace(
+        return forward_view(
             batch_size=len(self.reqs),
             forward_mode=forward_mode,
-            spec_info=None,
             num_padding=0,
             seq_lens=self.seq_lens,
             out_cache_loc=self.new_slots,
@@ -237,7 +235,7 @@ class Bed:
         self.steps += 1
         batch = self.scheduler.batch(self.reqs)
         batch.seq_lens_cpu -= GROWTH - 1 - self.steps % GROWTH
-        rows = [req.req_pool_idx for req in self.reqs]
+        rows = [self.scheduler.row(req) for req in self.reqs]
         indices = torch.tensor(rows, device=self.runner.device)
         self.seq_lens.copy_(batch.seq_lens_cpu)
         self.new_slots.copy_(self.scheduler.pool.req_to_token[indices, self.seq_lens - 1])

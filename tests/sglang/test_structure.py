@@ -57,7 +57,6 @@ def test_one_step_lag_after_prefill():
     assert_exact(scheduler, first)
     assert row_depths(first)[0][1] == 40
     for req in reqs:
-        req.set_extend_range(0, 71)
         scheduler.publish(req)
     second = observe(scheduler, reqs, tracker)
     assert second.version != first.version
