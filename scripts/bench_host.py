@@ -4,14 +4,16 @@
     . scripts/cpu/env.sh                     on a machine without a GPU
     python scripts/bench_host.py [--rows 256] [--levels 3] [--profile]
 
-Requests live in SGLang's own RadixCache: one prompt that all share, below it 8 groups, below those
-(--levels 4) 8 groups each, and at last private tokens. Steps go the way of a CUDA-graph replay:
-the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a PAT backend.
+Requests live in the prefix tree that a server of this SGLang has: one prompt that all share, below
+it 8 groups, below those (--levels 4) 8 groups each, and at last private tokens. Steps go the way of
+a CUDA-graph replay: the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a
+PAT backend.
 
 - changed: one request has finished and a new one, with private tokens that nobody has seen, has
   joined the batch, in a new list, as filter_batch and merge_batch make it
 - changed, another shape: the new request's prompt goes on as one of a request that is gone and then
-  differs, which splits that one's node. The tracker's forest cannot be kept and is made anew
+  differs, which splits that one's node. The tracker's forest cannot be kept and is made anew, but
+  where the tree shows ids only (0.5.23): of these the tracker knows the ones that rows pass
 - unchanged: the same list, every request one token longer; its first part ends where the fill
   kernel is launched
 - unchanged, in the graph: the same on one that appends the new slots (PAT_SGLANG_APPEND_IN_GRAPH):

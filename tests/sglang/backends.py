@@ -20,13 +20,13 @@ SYSTEM = list(range(100, 140))
 class Fixture:
     """A runner with two attention layers, its scheduler, a PAT backend and an untouched base."""
 
-    def __init__(self, make_base=None, heads=(HEADS, HEADS), **layer_options):
+    def __init__(self, make_base=None, heads=(HEADS, HEADS), tree=None, **layer_options):
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
         from sglang.srt.layers.radix_attention import RadixAttention
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
         make_base = make_base or TorchNativeAttnBackend
-        self.scheduler = MiniScheduler()
+        self.scheduler = MiniScheduler(tree)
         options = {"head_dim": HEAD_DIM, "scaling": HEAD_DIM**-0.5, "num_kv_heads": KV_HEADS}
         self.layers = [
             RadixAttention(num_heads=n, layer_id=i, **{**options, **layer_options})

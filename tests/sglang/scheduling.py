@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A scheduler in miniature: real Req, RadixCache, ReqToTokenPool and allocator, no model.
+"""A scheduler in miniature: real Req, prefix tree, ReqToTokenPool and allocator, no model.
 
 Each method does to tree, slots and requests what the Scheduler method named in its docstring does.
 """
@@ -24,30 +24,27 @@ class MiniScheduler:
 
     def __init__(
         self,
-        make_tree: Any = None,
+        tree: str | None = None,  # of versions.TREES; None: what a server of this version has
         page_size: int = 1,
         *,
         rows: int = 64,
         context: int = 512,
         slots: int = POOL,
         device: str = "cpu",
-        **tree_options: Any,
+        disable: bool = False,
     ) -> None:
         from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-        from sglang.srt.mem_cache.radix_cache import RadixCache
 
         self.pool = ReqToTokenPool(rows, context, device, enable_memory_saver=False)
         self.allocator = TokenToKVPoolAllocator(slots, torch.float32, device, None, False)
-        options = {"disable": False, **tree_options}
-        params = CacheInitParams(
+        self.tree = versions.make_tree(
+            tree or versions.server_tree(),
+            disable=disable,
             req_to_token_pool=self.pool,
             token_to_kv_pool_allocator=self.allocator,
             page_size=page_size,
-            **options,
         )
-        self.tree = (make_tree or RadixCache)(params)
         self.lens: dict[Any, int] = {}
         self._names = count()
 

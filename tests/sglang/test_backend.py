@@ -118,8 +118,11 @@ def test_tail_that_starts_at_length_zero(fixture):
     assert counts("plans_kept") == (2,)
 
 
-def test_random_serving(fixture):
+def test_random_serving(monkeypatch, tree):
     """Arrivals, ends, retractions, reorderings and mixed steps; validated plans, equal outputs."""
+    monkeypatch.setenv("PAT_SGLANG_VALIDATE", "1")
+    monkeypatch.setenv("PAT_SGLANG_FORCE", "on")
+    fixture = Fixture(tree=tree)
     chance = random.Random(3)
     prompts = [SYSTEM, [*SYSTEM, *range(300, 320)], list(range(500, 530))]
     running = []

@@ -7,11 +7,62 @@ calls here (release_kv_cache, alloc_for_extend), that one wants a whole server's
 
 from __future__ import annotations
 
+import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
-# -- requests and trees ---------------------------------------------------------------------------
+# -- prefix trees ---------------------------------------------------------------------------------
+
+
+def has_tree(kind: str) -> bool:
+    """Whether this SGLang has such a tree; looks without importing it."""
+    files = {"rust": "rust_tree_core/mem_cache.*", "chunk": "chunk_cache.py"}
+    sglang = find_spec("sglang")
+    if sglang is None or sglang.origin is None:
+        return False
+    folder = Path(sglang.origin).parent / "srt" / "mem_cache"
+    return any(folder.glob(files.get(kind, "radix_cache.py")))
+
+
+# RadixCache, and UnifiedRadixCache on its two cores, of which only the ids of nodes are seen.
+TREES = [kind for kind in ("radix", "unified", "rust") if has_tree(kind)]
+
+
+def server_tree() -> str:
+    """The tree that a server has unless it is told otherwise."""
+    from sglang.srt.environ import envs
+
+    # 0.5.17 can be told to have the unified one; 0.5.23 has it for whatever PAT serves.
+    return "radix" if hasattr(envs, "SGLANG_ENABLE_UNIFIED_RADIX_TREE") else "rust"
+
+
+def make_tree(kind: str, **params: Any) -> Any:
+    """One of TREES, or ``chunk``: 0.5.17's ChunkCache; ``params`` of CacheInitParams."""
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+    if kind == "radix":
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+
+        return RadixCache(CacheInitParams(**params))
+    if kind == "chunk":
+        from sglang.srt.mem_cache.chunk_cache import ChunkCache
+
+        return ChunkCache(CacheInitParams(**params))
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    if any(field.name == "tree_core_backend" for field in dataclasses.fields(CacheInitParams)):
+        params["tree_core_backend"] = "rust" if kind == "rust" else "python"
+    tree = UnifiedRadixCache(CacheInitParams(**params, tree_components=(ComponentType.FULL,)))
+    is_rust = type(tree.tree_core).__name__ == "RustUnifiedTreeCore"
+    assert is_rust == (kind == "rust"), "SGLang took the other core"
+    return tree
+
+
+# -- requests in trees ----------------------------------------------------------------------------
 
 
 def row(req: Any) -> int:
@@ -76,7 +127,7 @@ def publish(tree: Any, req: Any, chunked: bool) -> None:
 
 
 def release(tree: Any, req: Any, tokens: int, keep: bool) -> None:
-    """release_kv_cache: lock, slots and row are given back; ``keep``: the tree takes what it can."""
+    """release_kv_cache: lock, slots and row go back; ``keep``: the tree takes what it can."""
     if hasattr(tree, "checkpoint"):
         if keep:
             req.refresh_fill_ids()
