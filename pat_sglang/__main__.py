@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("run", help="run an SGLang module with plug-ins loaded")
-    command.add_argument("module", help="e.g. sglang.bench_one_batch")
+    command.add_argument("module", help="e.g. sglang.benchmark.one_batch")
     command.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the module")
     command.set_defaults(function=run)
 

@@ -4,14 +4,16 @@
     . scripts/cpu/env.sh                     on a machine without a GPU
     python scripts/bench_host.py [--rows 256] [--levels 3] [--profile]
 
-Requests live in SGLang's own RadixCache: one prompt that all share, below it 8 groups, below those
-(--levels 4) 8 groups each, and at last private tokens. Steps go the way of a CUDA-graph replay:
-the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a PAT backend.
+Requests live in the prefix tree that a server of this SGLang has: one prompt that all share, below
+it 8 groups, below those (--levels 4) 8 groups each, and at last private tokens. Steps go the way of
+a CUDA-graph replay: the hook on ForwardBatch.init_new, then init_forward_metadata_out_graph of a
+PAT backend.
 
 - changed: one request has finished and a new one, with private tokens that nobody has seen, has
   joined the batch, in a new list, as filter_batch and merge_batch make it
 - changed, another shape: the new request's prompt goes on as one of a request that is gone and then
-  differs, which splits that one's node. The tracker's forest cannot be kept and is made anew
+  differs, which splits that one's node. The tracker's forest cannot be kept and is made anew, but
+  where the tree shows ids only (0.5.23): of these the tracker knows the ones that rows pass
 - unchanged: the same list, every request one token longer; its first part ends where the fill
   kernel is launched
 - unchanged, in the graph: the same on one that appends the new slots (PAT_SGLANG_APPEND_IN_GRAPH):
@@ -40,7 +42,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -50,7 +51,7 @@ import torch
 
 sys.path.insert(0, str(common.ROOT / "tests" / "sglang"))
 
-from scheduling import MiniScheduler, model_runner
+from scheduling import MiniScheduler, forward_view, model_runner
 
 from pat_sglang import envs
 from pat_sglang.plugin.graphs import AppendingGraphs
@@ -171,10 +172,9 @@ class Bed:
 
     def inputs(self, forward_mode: Any, **others: Any) -> Any:
         """The batch that the backend is handed, in the graphs' inputs."""
-        return SimpleNamespace(
+        return forward_view(
             batch_size=len(self.reqs),
             forward_mode=forward_mode,
-            spec_info=None,
             num_padding=0,
             seq_lens=self.seq_lens,
             out_cache_loc=self.new_slots,
@@ -237,7 +237,7 @@ class Bed:
         self.steps += 1
         batch = self.scheduler.batch(self.reqs)
         batch.seq_lens_cpu -= GROWTH - 1 - self.steps % GROWTH
-        rows = [req.req_pool_idx for req in self.reqs]
+        rows = [self.scheduler.row(req) for req in self.reqs]
         indices = torch.tensor(rows, device=self.runner.device)
         self.seq_lens.copy_(batch.seq_lens_cpu)
         self.new_slots.copy_(self.scheduler.pool.req_to_token[indices, self.seq_lens - 1])

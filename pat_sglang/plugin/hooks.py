@@ -31,8 +31,8 @@ def install_translation(hook: Callable[..., None]) -> None:
 def install_runtime(on_init_new: Callable[..., None], on_state: Callable[..., None]) -> None:
     """Hook the running scheduler; called by the backend builder, in scheduler processes only.
 
-    The state hook is left out where no scheduler module is loaded (bench_one_batch): importing it
-    would cost seconds and nobody would ask.
+    The state hook is left out where no scheduler module is loaded (benchmark.one_batch): importing
+    it would cost seconds and nobody would ask.
     """
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 

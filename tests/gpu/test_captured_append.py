@@ -28,7 +28,7 @@ def test_what_the_graph_appends_is_what_req_to_token_holds():
         (plan,) = bed.backend._pat.plans.values()
         assert torch.equal(plan.live_lens[:140].long(), bed.seq_lens)
         if step % 10 == 0 or step == steps - 1:
-            rows = torch.tensor([req.req_pool_idx for req in bed.reqs], device="cuda")
+            rows = torch.tensor([bed.scheduler.row(req) for req in bed.reqs], device="cuda")
             plan.validate(bed.scheduler.pool.req_to_token, rows, bed.seq_lens)
     assert METRICS.get("plans_kept") == steps
     assert METRICS.get("appends_launched") == 0

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from scheduling import POOL, MiniScheduler, model_runner
+from scheduling import POOL, MiniScheduler, forward_view, model_runner
 
 from pat_sglang import reference
 from pat_sglang.metrics import METRICS
@@ -21,13 +20,13 @@ SYSTEM = list(range(100, 140))
 class Fixture:
     """A runner with two attention layers, its scheduler, a PAT backend and an untouched base."""
 
-    def __init__(self, make_base=None, heads=(HEADS, HEADS), **layer_options):
+    def __init__(self, make_base=None, heads=(HEADS, HEADS), tree=None, **layer_options):
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
         from sglang.srt.layers.radix_attention import RadixAttention
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
         make_base = make_base or TorchNativeAttnBackend
-        self.scheduler = MiniScheduler()
+        self.scheduler = MiniScheduler(tree)
         options = {"head_dim": HEAD_DIM, "scaling": HEAD_DIM**-0.5, "num_kv_heads": KV_HEADS}
         self.layers = [
             RadixAttention(num_heads=n, layer_id=i, **{**options, **layer_options})
@@ -58,12 +57,10 @@ class Fixture:
 
         lens = pad(batch.seq_lens_cpu.tolist(), 1)
         out_loc = [int(self.scheduler.slots(req)[-1]) for req in batch.reqs]
-        view = SimpleNamespace(
+        view = forward_view(
             batch_size=padded,
             forward_mode=batch.forward_mode,
-            spec_info=None,
-            encoder_lens=None,
-            req_pool_indices=pad([req.req_pool_idx for req in batch.reqs], 0),
+            req_pool_indices=pad([self.scheduler.row(req) for req in batch.reqs], 0),
             seq_lens=lens,
             seq_lens_cpu=lens.clone(),
             out_cache_loc=pad(out_loc, 0),
@@ -175,11 +172,9 @@ class GraphRunner:
         fixture.backend.init_cuda_graph_state(sizes[-1], sizes[-1])
 
     def inputs(self, size, mode):
-        return SimpleNamespace(
+        return forward_view(
             batch_size=size,
             forward_mode=mode,
-            spec_info=None,
-            encoder_lens=None,
             req_pool_indices=self.req_pool_indices[:size],
             seq_lens=self.seq_lens[:size],
             seq_lens_cpu=self.seq_lens_cpu[:size],

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import versions
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -45,6 +46,13 @@ def registered() -> None:
 
     register()
     HookRegistry.apply_hooks()
+
+
+@pytest.fixture(params=versions.TREES)
+def tree(request: pytest.FixtureRequest) -> str:
+    """Each kind of prefix tree that this SGLang has."""
+    kind: str = request.param
+    return kind
 
 
 LLAMA = {

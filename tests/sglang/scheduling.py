@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A scheduler in miniature: real Req, RadixCache, ReqToTokenPool and allocator, no model.
+"""A scheduler in miniature: real Req, prefix tree, ReqToTokenPool and allocator, no model.
 
 Each method does to tree, slots and requests what the Scheduler method named in its docstring does.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import versions
 
 POOL = 4096
 
@@ -23,30 +24,27 @@ class MiniScheduler:
 
     def __init__(
         self,
-        make_tree: Any = None,
+        tree: str | None = None,  # of versions.TREES; None: what a server of this version has
         page_size: int = 1,
         *,
         rows: int = 64,
         context: int = 512,
         slots: int = POOL,
         device: str = "cpu",
-        **tree_options: Any,
+        disable: bool = False,
     ) -> None:
         from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-        from sglang.srt.mem_cache.radix_cache import RadixCache
 
         self.pool = ReqToTokenPool(rows, context, device, enable_memory_saver=False)
         self.allocator = TokenToKVPoolAllocator(slots, torch.float32, device, None, False)
-        options = {"disable": False, **tree_options}
-        params = CacheInitParams(
+        self.tree = versions.make_tree(
+            tree or versions.server_tree(),
+            disable=disable,
             req_to_token_pool=self.pool,
             token_to_kv_pool_allocator=self.allocator,
             page_size=page_size,
-            **options,
         )
-        self.tree = (make_tree or RadixCache)(params)
         self.lens: dict[Any, int] = {}
         self._names = count()
 
@@ -63,24 +61,25 @@ class MiniScheduler:
     def admit(self, req: Any, chunk: int | None = None) -> Any:
         """PrefillAdder and alloc_for_extend: match, lock, take slots, up to ``chunk`` tokens."""
         req.init_next_round_input(self.tree)
-        self.tree.inc_lock_ref(req.last_node)
+        versions.lock(self.tree, req)
+        found = versions.matched_slots(self.tree, req)
         self.pool.alloc([req])
-        return self._extend(req, chunk)
+        self.pool.write((self.row(req), slice(0, len(found))), found.to(torch.int32))
+        return self._extend(req, len(found), chunk)
 
     def next_chunk(self, req: Any, chunk: int | None = None) -> Any:
         """The chunked request's next round: what it computed is in the tree and locked."""
-        req._refresh_fill_ids()
-        return self._extend(req, chunk)
+        versions.refresh_fill_ids(req)
+        return self._extend(req, versions.prefix_len(req), chunk)
 
-    def _extend(self, req: Any, chunk: int | None) -> Any:
+    def _extend(self, req: Any, begin: int, chunk: int | None) -> Any:
         total = len(req.full_untruncated_fill_ids)
-        begin = len(req.prefix_indices)
         end = total if chunk is None else min(total, begin + chunk)
-        req.set_extend_range(begin, end)
-        self.pool.write((req.req_pool_idx, slice(0, begin)), req.prefix_indices.to(torch.int32))
+        versions.extend(req, begin, end)
         slots = self._slots(end - begin)
-        self.pool.write((req.req_pool_idx, slice(begin, end)), slots.to(torch.int32))
+        self.pool.write((self.row(req), slice(begin, end)), slots.to(torch.int32))
         self.lens[req] = end
+        versions.hold(req, end)
         return req
 
     def _slots(self, count: int) -> torch.Tensor:
@@ -94,7 +93,7 @@ class MiniScheduler:
 
     def publish(self, req: Any, chunked: bool = False) -> Any:
         """process_batch_result_prefill: the prompt enters the tree, duplicate slots are freed."""
-        self.tree.cache_unfinished_req(req, chunked=chunked)
+        versions.publish(self.tree, req, chunked)
         return req
 
     def serve(self, tokens: Sequence[int], extra_key: str | None = None) -> Any:
@@ -103,23 +102,20 @@ class MiniScheduler:
 
     def finish(self, req: Any) -> None:
         """process_batch_result_decode of a finished or aborted request."""
-        self.tree.cache_finished_req(req, kv_len_to_handle=self.lens.pop(req))
-        self.pool.free(req)
+        versions.release(self.tree, req, self.lens.pop(req), keep=True)
 
     def retract(self, req: Any) -> None:
         """ScheduleBatch.release_req: slots are freed and nothing enters the tree."""
-        self.tree.cache_finished_req(req, is_insert=False, kv_len_to_handle=self.lens.pop(req))
-        self.pool.free(req)
+        versions.release(self.tree, req, self.lens.pop(req), keep=False)
         req.reset_for_retract()
 
     def decode(self, reqs: list[Any], token: int = 7) -> Any:
         """prepare_for_decode: one more token a row; the ScheduleBatch of the step."""
         for req in reqs:
             slot = self._slots(1)
-            self.pool.write(
-                (req.req_pool_idx, slice(self.lens[req], self.lens[req] + 1)), slot.int()
-            )
+            self.pool.write((self.row(req), slice(self.lens[req], self.lens[req] + 1)), slot.int())
             self.lens[req] += 1
+            versions.hold(req, self.lens[req])
             req.output_ids.append(token)
         return self.batch(reqs, "DECODE")
 
@@ -137,17 +133,25 @@ class MiniScheduler:
             spec_info=None,
         )
 
+    def row(self, req: Any) -> int:
+        """The request's row in req_to_token."""
+        return versions.row(req)
+
     def slots(self, req: Any) -> np.ndarray:
         """KV slots of a request's tokens."""
-        return self.pool.req_to_token[req.req_pool_idx, : self.lens[req]].numpy()
+        return self.pool.req_to_token[self.row(req), : self.lens[req]].numpy()
+
+
+def forward_view(**fields: Any) -> Any:
+    """As much of a ForwardBatch as a backend reads on the way of a decode step."""
+    common = {"spec_info": None, "encoder_lens": None, "out_cache_loc_is_physical": True}
+    return SimpleNamespace(**{**common, **fields})
 
 
 def model_runner(scheduler: MiniScheduler, layers: Sequence[Any], pool: Any) -> Any:
     """As much of a ModelRunner as the backend builder asks for, of a server that wants PAT."""
-    return SimpleNamespace(
-        server_args=SimpleNamespace(
-            _pat={"asked_by": "test"}, get_attention_backends=lambda: ("torch_native",) * 2
-        ),
+    runner = SimpleNamespace(
+        server_args=SimpleNamespace(_pat={"asked_by": "test"}),
         is_draft_worker=False,
         use_mla_backend=False,
         device=scheduler.pool.device,
@@ -157,6 +161,8 @@ def model_runner(scheduler: MiniScheduler, layers: Sequence[Any], pool: Any) -> 
         token_to_kv_pool=pool,
         token_to_kv_pool_allocator=scheduler.allocator,
     )
+    versions.set_attention_backends(runner, "torch_native", "torch_native")
+    return runner
 
 
 def row_depths(structure: Any) -> list[list[int]]:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from backends import HEAD_DIM, HEADS, KV_HEADS, SYSTEM, Fixture, counts, graph_base
+from scheduling import forward_view
+from versions import set_attention_backends
 
 from pat_sglang.metrics import METRICS
 from pat_sglang.plan import workspace_for
@@ -116,8 +118,11 @@ def test_tail_that_starts_at_length_zero(fixture):
     assert counts("plans_kept") == (2,)
 
 
-def test_random_serving(fixture):
+def test_random_serving(monkeypatch, tree):
     """Arrivals, ends, retractions, reorderings and mixed steps; validated plans, equal outputs."""
+    monkeypatch.setenv("PAT_SGLANG_VALIDATE", "1")
+    monkeypatch.setenv("PAT_SGLANG_FORCE", "on")
+    fixture = Fixture(tree=tree)
     chance = random.Random(3)
     prompts = [SYSTEM, [*SYSTEM, *range(300, 320)], list(range(500, 530))]
     running = []
@@ -151,11 +156,9 @@ def test_random_serving(fixture):
 
 def capture(fixture, calls, rows=4):
     """What the decode graph runner does for one batch size."""
-    view = SimpleNamespace(
+    view = forward_view(
         batch_size=rows,
         forward_mode=fixture.scheduler.batch([], "DECODE").forward_mode,
-        spec_info=None,
-        encoder_lens=None,
         req_pool_indices=torch.zeros(rows, dtype=torch.int64),
         seq_lens=torch.ones(rows, dtype=torch.int64),
         seq_lens_cpu=torch.ones(rows, dtype=torch.int64),
@@ -297,7 +300,7 @@ def test_beams_are_rows_without_a_request_and_take_over_each_others_slots(monkey
     scheduler, table = fixture.scheduler, fixture.scheduler.pool.req_to_token
     leader, running = fixture.serve(SYSTEM), []
     running.append(leader)
-    rows = torch.tensor([leader.req_pool_idx, scheduler.pool.free_slots.pop()])
+    rows = torch.tensor([scheduler.row(leader), scheduler.pool.free_slots.pop()])
     prompt = scheduler.lens[leader]
     table[rows[1], :prompt] = table[rows[0], :prompt]
     for step in range(4):
@@ -306,9 +309,9 @@ def test_beams_are_rows_without_a_request_and_take_over_each_others_slots(monkey
         table[rows[1], at] = scheduler._slots(1)[0]
         batch.seq_lens = batch.seq_lens.repeat(2)
         on_init_new(None, None, batch, fixture.runner)
-        view = SimpleNamespace(
+        view = forward_view(
             batch_size=2, num_padding=0, rids=[leader.rid], forward_mode=batch.forward_mode,
-            spec_info=None, encoder_lens=None, req_pool_indices=rows, seq_lens=batch.seq_lens,
+            req_pool_indices=rows, seq_lens=batch.seq_lens,
             seq_lens_cpu=batch.seq_lens.clone(), out_cache_loc=table[rows, at].long(),
         )  # fmt: skip
         getattr(fixture.backend, entry)(view)
@@ -627,7 +630,7 @@ def test_no_layer_of_the_model(caplog):
 
 def test_backend_that_is_no_base(caplog):
     fixture = Fixture()
-    fixture.runner.server_args.get_attention_backends = lambda: ("aiter", "aiter")
+    set_attention_backends(fixture.runner, "aiter", "aiter")
     assert declined(remade(fixture, "aiter"), caplog).startswith("aiter is no base backend")
 
 
@@ -666,9 +669,9 @@ def test_draft_workers_and_prefill_children_are_left_alone():
     fixture.runner.is_draft_worker = True
     assert not remade(fixture).active
     fixture.runner.is_draft_worker = False
-    fixture.runner.server_args.get_attention_backends = lambda: ("torch_native", "triton")
+    set_attention_backends(fixture.runner, "torch_native", "triton")
     assert not remade(fixture).active
-    fixture.runner.server_args.get_attention_backends = lambda: ("triton", "torch_native")
+    set_attention_backends(fixture.runner, "triton", "torch_native")
     assert remade(fixture).active
 
 
@@ -677,7 +680,8 @@ def test_the_literal_name(registered):
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     fixture = Fixture()
-    fixture.runner.server_args = SimpleNamespace(get_attention_backends=lambda: ("pat", "pat"))
+    fixture.runner.server_args = SimpleNamespace()
+    set_attention_backends(fixture.runner, "pat", "pat")
     backend = ATTENTION_BACKENDS["pat"](fixture.runner)
     assert type(backend).__name__ == "PatTorchNativeAttnBackend"
 

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from types import SimpleNamespace
 
 import pytest
+from versions import attention_backends, resolve
 
 from pat_sglang import envs
 from pat_sglang.metrics import METRICS
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("registered")
 def server_args(model: str, **options):
     from sglang.srt.server_args import ServerArgs
 
-    return ServerArgs(model_path=model, device="cpu", **options)
+    return resolve(ServerArgs(model_path=model, device="cpu", **options))
 
 
 def test_entry_point():
@@ -39,10 +40,14 @@ def test_registering_twice_changes_nothing():
 
     from pat_sglang.plugin import register
 
-    before = dict(ATTENTION_BACKENDS), ServerArgs.__post_init__
+    def hooked():
+        """What is hooked of ServerArgs; the second one is there from 0.5.19."""
+        return ServerArgs.__post_init__, getattr(ServerArgs, "resolve_once", None)
+
+    before = dict(ATTENTION_BACKENDS), hooked()
     register()
     HookRegistry.apply_hooks()
-    assert (dict(ATTENTION_BACKENDS), ServerArgs.__post_init__) == before
+    assert (dict(ATTENTION_BACKENDS), hooked()) == before
     assert ATTENTION_BACKEND_CHOICES.count("pat") == 1
 
 
@@ -59,7 +64,7 @@ def test_command_line_accepts_the_name(option):
 def test_translated_before_resolution_and_pickled(model_folder):
     args = server_args(model_folder, attention_backend="pat")
     assert args.attention_backend == "torch_native"
-    assert args.get_attention_backends() == ("torch_native", "torch_native")
+    assert attention_backends(args) == ("torch_native", "torch_native")
     assert args._pat == {"asked_by": "--attention-backend"}
     assert pickle.loads(pickle.dumps(args))._pat == args._pat
     assert copy.deepcopy(args)._pat == args._pat
@@ -67,7 +72,7 @@ def test_translated_before_resolution_and_pickled(model_folder):
 
 def test_decode_backend_alone(model_folder):
     args = server_args(model_folder, decode_attention_backend="pat")
-    assert args.get_attention_backends()[1] == "torch_native"
+    assert attention_backends(args)[1] == "torch_native"
     assert args._pat == {"asked_by": "--decode-attention-backend"}
 
 

@@ -167,10 +167,10 @@ def test_other_ways_in(model: Path, tmp_path: Path, options: dict, environment: 
 
 @pytest.mark.slow
 def test_tools_that_load_no_plugins(model: Path, tmp_path: Path) -> None:
-    """bench_one_batch has no radix tree: PAT runs without sharing."""
+    """one_batch has no radix tree: PAT runs without sharing."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "pat_sglang", "run", "sglang.bench_one_batch",
+            sys.executable, "-m", "pat_sglang", "run", "sglang.benchmark.one_batch",
             "--model-path", str(model), "--device", "cpu", "--dtype", "float32",
             "--attention-backend", "pat", "--batch-size", "2", "--input-len", "16",
             "--output-len", "4", "--max-total-tokens", "2048",

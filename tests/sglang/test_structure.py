@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import versions
 from scheduling import MiniScheduler, assert_exact, row_depths
 
 from pat_sglang.forest import build_segment_tree
@@ -35,8 +36,8 @@ def take(feed, batch):
     return feed.take(batch.seq_lens_cpu.numpy())
 
 
-def test_two_levels_and_private_tails():
-    scheduler = MiniScheduler()
+def test_two_levels_and_private_tails(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, *TOOLS, 300 + i, 1, 2]) for i in range(4)]
     reqs += [scheduler.serve([*SYSTEM, 400 + i]) for i in range(3)]
     structure = observe(scheduler, reqs)
@@ -47,9 +48,9 @@ def test_two_levels_and_private_tails():
     assert structure.forest.num_nodes == 2  # private nodes are left out
 
 
-def test_one_step_lag_after_prefill():
+def test_one_step_lag_after_prefill(tree):
     """The first decode step is launched before the prompt is published: less sharing, not wrong."""
-    scheduler = MiniScheduler()
+    scheduler = MiniScheduler(tree)
     scheduler.serve([*SYSTEM, 1])
     reqs = [scheduler.admit(scheduler.request([*SYSTEM, *TOOLS, i])) for i in (2, 3)]
     tracker = StructureTracker()
@@ -57,7 +58,6 @@ def test_one_step_lag_after_prefill():
     assert_exact(scheduler, first)
     assert row_depths(first)[0][1] == 40
     for req in reqs:
-        req.set_extend_range(0, 71)
         scheduler.publish(req)
     second = observe(scheduler, reqs, tracker)
     assert second.version != first.version
@@ -65,8 +65,8 @@ def test_one_step_lag_after_prefill():
     assert row_depths(second)[0][1] == 70
 
 
-def test_duplicates_share_the_whole_prompt_and_write_apart():
-    scheduler = MiniScheduler()
+def test_duplicates_share_the_whole_prompt_and_write_apart(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, 5]) for _ in range(3)]
     structure = observe(scheduler, reqs)
     assert_exact(scheduler, structure)
@@ -74,8 +74,8 @@ def test_duplicates_share_the_whole_prompt_and_write_apart():
     assert len(set(structure.leaf_of_row.tolist())) == 1
 
 
-def test_cold_burst_is_deduplicated_after_the_first_step():
-    scheduler = MiniScheduler()
+def test_cold_burst_is_deduplicated_after_the_first_step(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.admit(scheduler.request([*SYSTEM, i])) for i in range(4)]
     tracker = StructureTracker()
     first = observe(scheduler, reqs, tracker)
@@ -87,8 +87,8 @@ def test_cold_burst_is_deduplicated_after_the_first_step():
     assert row_depths(structure)[0][3] == 40
 
 
-def test_chunked_prefill():
-    scheduler = MiniScheduler()
+def test_chunked_prefill(tree):
+    scheduler = MiniScheduler(tree)
     other = scheduler.serve([*SYSTEM, 1])
     tracker = StructureTracker()
     feed = StructureFeed()
@@ -107,8 +107,8 @@ def test_chunked_prefill():
     assert row_depths(structure)[0][1] == 40
 
 
-def test_node_split_keeps_the_plan_exact():
-    scheduler = MiniScheduler()
+def test_node_split_keeps_the_plan_exact(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, *TOOLS, i]) for i in (1, 2)]
     tracker = StructureTracker()
     before = observe(scheduler, reqs, tracker)
@@ -122,10 +122,10 @@ def test_node_split_keeps_the_plan_exact():
     assert row_depths(joined)[0][2] == 20
 
 
-def test_eviction_leaves_running_rows_alone():
+def test_eviction_leaves_running_rows_alone(tree):
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-    scheduler = MiniScheduler()
+    scheduler = MiniScheduler(tree)
     for i in range(8):
         scheduler.finish(scheduler.serve([*SYSTEM, 500 + i, 1, 2, 3]))
     reqs = [scheduler.serve([*SYSTEM, *TOOLS, i]) for i in (1, 2)]
@@ -139,8 +139,8 @@ def test_eviction_leaves_running_rows_alone():
     assert row_depths(fresh)[0][1] == 70
 
 
-def test_abort_takes_the_row_out():
-    scheduler = MiniScheduler()
+def test_abort_takes_the_row_out(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
     tracker = StructureTracker()
     before = observe(scheduler, reqs, tracker)
@@ -151,8 +151,8 @@ def test_abort_takes_the_row_out():
     assert_exact(scheduler, after)
 
 
-def test_retraction_and_return():
-    scheduler = MiniScheduler()
+def test_retraction_and_return(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
     tracker = StructureTracker()
     observe(scheduler, reqs, tracker)
@@ -164,10 +164,10 @@ def test_retraction_and_return():
     assert row_depths(back)[0][2] == 40
 
 
-def test_retract_all_and_resume_is_a_new_signature():
+def test_retract_all_and_resume_is_a_new_signature(tree):
     """Same requests in the same list, even the same pool rows and nodes: the prefill between ends
     the plan."""
-    scheduler = MiniScheduler()
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
     before = take(feed, scheduler.decode(reqs))
@@ -184,8 +184,8 @@ def test_retract_all_and_resume_is_a_new_signature():
     assert_exact(scheduler, after)
 
 
-def test_lora_namespaces_never_share():
-    scheduler = MiniScheduler()
+def test_lora_namespaces_never_share(tree):
+    scheduler = MiniScheduler(tree)
     keys = ["lora-a", "lora-b", None, "lora-a"]
     reqs = [scheduler.serve([*SYSTEM, i], key) for i, key in enumerate(keys)]
     structure = observe(scheduler, reqs)
@@ -194,36 +194,35 @@ def test_lora_namespaces_never_share():
     assert depths[0][3] == 40 and depths[0][1] == depths[0][2] == depths[1][2] == 0
 
 
-def test_disabled_radix_cache():
-    scheduler = MiniScheduler(disable=True)
+def test_disabled_radix_cache(tree):
+    scheduler = MiniScheduler(tree, disable=True)
     structure = observe(scheduler, [scheduler.serve([*SYSTEM, i]) for i in range(2)])
     assert structure.forest is None and structure.no_sharing == "radix cache is off"
     assert_exact(scheduler, structure)
 
 
+@pytest.mark.skipif(
+    not versions.has_tree("chunk"),
+    reason="0.5.23 has no ChunkCache but a tree that is off: test_disabled_radix_cache",
+)
 def test_chunk_cache():
-    from sglang.srt.mem_cache.chunk_cache import ChunkCache
-
-    scheduler = MiniScheduler(make_tree=ChunkCache)
+    scheduler = MiniScheduler("chunk")
     structure = observe(scheduler, [scheduler.serve([*SYSTEM, i]) for i in range(2)])
     assert structure.forest is None and structure.no_sharing == "radix cache is off"
 
 
-def test_unified_tree_with_node_ids():
-    from sglang.srt.mem_cache.unified_cache.components import ComponentType
-    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-
-    scheduler = MiniScheduler(make_tree=UnifiedRadixCache, tree_components=(ComponentType.FULL,))
+def test_unified_tree_with_node_ids(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, *TOOLS, i]) for i in range(2)]
     reqs.append(scheduler.serve([*SYSTEM, 1]))
-    assert all(type(req.last_node) is int for req in reqs)
+    assert all((type(req.last_node) is int) == (tree != "radix") for req in reqs)
     structure = observe(scheduler, reqs)
     assert_exact(scheduler, structure)
     assert row_depths(structure)[0][1] == 70
 
 
-def test_page_size_16_shares_whole_pages():
-    scheduler = MiniScheduler(page_size=16)
+def test_page_size_16_shares_whole_pages(tree):
+    scheduler = MiniScheduler(tree, page_size=16)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
     structure = observe(scheduler, reqs)
     assert_exact(scheduler, structure)
@@ -615,8 +614,8 @@ def test_opaque_handles_share_nothing():
     assert structure.no_sharing == "nodes of type Handle are opaque"
 
 
-def test_streaming_session_is_looked_through():
-    scheduler = MiniScheduler()
+def test_streaming_session_is_looked_through(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     reqs.append(scheduler.serve([*SYSTEM, 9]))
     batch = scheduler.decode(reqs)
@@ -817,8 +816,8 @@ def test_a_last_node_above_another_rows_is_shared():
 # -- signature ------------------------------------------------------------------------------------
 
 
-def test_unchanged_rows_are_the_same_object():
-    scheduler = MiniScheduler()
+def test_unchanged_rows_are_the_same_object(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
     tracker = StructureTracker()
     first = observe(scheduler, reqs, tracker)
@@ -827,8 +826,8 @@ def test_unchanged_rows_are_the_same_object():
     assert observe(scheduler, list(reqs), tracker).version != first.version
 
 
-def test_reordered_rows_are_a_change():
-    scheduler = MiniScheduler()
+def test_reordered_rows_are_a_change(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(3)]
     tracker = StructureTracker()
     first = observe(scheduler, reqs, tracker)
@@ -837,8 +836,8 @@ def test_reordered_rows_are_a_change():
 
 
 @pytest.mark.parametrize("mode", ["MIXED", "EXTEND"])
-def test_another_forward_of_a_row_drops_the_signature(mode):
-    scheduler = MiniScheduler()
+def test_another_forward_of_a_row_drops_the_signature(mode, tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
     first = take(feed, scheduler.decode(reqs))
@@ -848,8 +847,8 @@ def test_another_forward_of_a_row_drops_the_signature(mode):
     assert take(feed, scheduler.decode(reqs)).version != first.version
 
 
-def test_a_prefill_of_others_keeps_the_signature():
-    scheduler = MiniScheduler()
+def test_a_prefill_of_others_keeps_the_signature(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
     first = take(feed, scheduler.decode(reqs))
@@ -857,8 +856,8 @@ def test_a_prefill_of_others_keeps_the_signature():
     assert take(feed, scheduler.decode(reqs)) is first
 
 
-def test_a_structure_is_taken_once_and_only_by_its_own_step():
-    scheduler = MiniScheduler()
+def test_a_structure_is_taken_once_and_only_by_its_own_step(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
     assert take(feed, scheduler.decode(reqs)) is not None
@@ -869,8 +868,8 @@ def test_a_structure_is_taken_once_and_only_by_its_own_step():
     assert take(feed, scheduler.decode(reqs)).version > other.version
 
 
-def test_speculative_decode_is_not_ours():
-    scheduler = MiniScheduler()
+def test_speculative_decode_is_not_ours(tree):
+    scheduler = MiniScheduler(tree)
     reqs = [scheduler.serve([*SYSTEM, i]) for i in range(2)]
     feed = StructureFeed()
     batch = scheduler.decode(reqs)
