@@ -128,6 +128,18 @@ class Fixture:
         self.prefill(req)
         return self.scheduler.publish(req)
 
+    def lose_one(self, chance, running):
+        """One request ends, or is retracted and comes back; the requests that run then."""
+        victim = chance.choice(running)
+        running = [req for req in running if req is not victim]
+        if chance.random() < 0.5:
+            self.scheduler.finish(victim)
+            return running
+        self.scheduler.retract(victim)
+        self.scheduler.admit(victim)
+        self.prefill(victim)
+        return [*running, self.scheduler.publish(victim)]
+
 
 def counts(*names):
     values = METRICS.as_dict()

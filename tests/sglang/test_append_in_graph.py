@@ -53,15 +53,7 @@ def test_random_serving():
             tail = [chance.randrange(1000) for _ in range(chance.randrange(12))]
             running = [*running, fixture.serve([*SYSTEM, *tail])]
         if len(running) > 1 and chance.random() < 0.06:
-            victim = chance.choice(running)
-            running = [req for req in running if req is not victim]
-            if chance.random() < 0.5:
-                fixture.scheduler.finish(victim)
-            else:
-                fixture.scheduler.retract(victim)
-                fixture.scheduler.admit(victim)
-                fixture.prefill(victim)
-                running = [*running, fixture.scheduler.publish(victim)]
+            running = fixture.lose_one(chance, running)
         if chance.random() < 0.05:
             running = chance.sample(running, len(running))
         batch, kind = fixture.scheduler.decode(running, token=step), chance.random()

@@ -131,15 +131,7 @@ def test_random_serving(monkeypatch, tree):
             tail = [chance.randrange(1000) for _ in range(chance.randrange(12))]
             running = [*running, fixture.serve([*chance.choice(prompts), *tail])]
         if running and chance.random() < 0.15:
-            victim = chance.choice(running)
-            running = [req for req in running if req is not victim]
-            if chance.random() < 0.5:
-                fixture.scheduler.finish(victim)
-            else:
-                fixture.scheduler.retract(victim)
-                fixture.scheduler.admit(victim)
-                fixture.prefill(victim)
-                running = [*running, fixture.scheduler.publish(victim)]
+            running = fixture.lose_one(chance, running)
         if chance.random() < 0.1:
             running = chance.sample(running, len(running))
         if running:
