@@ -288,6 +288,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                     "request_rate": point.request_rate,
                     "concurrency": point.concurrency,
                     "times": point.times,
+                    "ids": point.ids,
                     "backend": server.name,
                     "round": number,
                     **server.measure(point, tokenizer),

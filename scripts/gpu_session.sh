@@ -208,6 +208,10 @@ jit_cache() {
 
 # A subcommand in a copy of the tree, which the next call would replace, and a process group of its own.
 background() {
+  if [ -d "$away/out" ] && [ ! -e "$away/out/ended" ]; then
+    echo "the last one has not ended: poll" >&2
+    exit 1
+  fi
   rm -rf "$away"
   mkdir -p "$away/out"
   cp -r pat_sglang csrc scripts results tests pyproject.toml README.md .carry "$away/"
@@ -221,10 +225,14 @@ poll() {
   local end=$((SECONDS + $1))
   while [ $SECONDS -lt $end ] && [ ! -e "$away/out/ended" ]; do sleep 1; done
   find "$away/results" -newer "$away/pyproject.toml" -type f -exec cp -t "${OUT:-/tmp}" {} +
-  [ -e "$away/out/ended" ] || jit_cache
+  { grep -v -i warn "$away/out/console" || true; } | tail -n "${2:-60}"
+  if [ ! -e "$away/out/ended" ]; then
+    jit_cache
+    return
+  fi
   find "$away/out" -name 'jit-cache*' -exec cp -t "${OUT:-/tmp}" {} +
-  grep -v -i warn "$away/out/console" | tail -n "${2:-60}"
-  cat "$away/out/ended" 2>/dev/null || true
+  cat "$away/out/ended"
+  grep -q 'with 0$' "$away/out/ended"
 }
 
 command=${1:?local, part, unpack, tests, kernels, repeat, sanitize, floor, regret, ablation, host, bench, serving, features, load, background or poll}

@@ -114,8 +114,8 @@ class PatMixin(AttentionBackend):
             return super().init_forward_metadata(forward_batch)
         # The rids come from the scheduler's batch; a dummy forward has none.
         real = bool(getattr(forward_batch, "rids", None))
-        rows = forward_batch.batch_size
-        self._pat_plan(forward_batch, state.feed.rows(rows) if real else rows, real=real)
+        rows = state.feed.rows(forward_batch) if real else forward_batch.batch_size
+        self._pat_plan(forward_batch, rows, real=real)
         state.base_pending = forward_batch
         # Before the first forward nobody knows which layers there are, or what else reads it.
         if state.base_needed or not state.verdicts:

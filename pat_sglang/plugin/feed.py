@@ -52,12 +52,13 @@ class StructureFeed:
         """The request of each row of the step to come; None: not known."""
         return None if self._pending is None else self._pending.reqs
 
-    def rows(self, padded: int) -> int:
-        """Rows of the step to come, of ``padded`` ones: DP attention appends others behind them.
+    def rows(self, forward_batch: Any) -> int:
+        """Rows of the step to come; DP attention appends others behind them as padding.
 
         Not one a request: beam search has rows that no request stands for.
         """
-        return padded if self._pending is None else min(len(self._pending.seq_lens), padded)
+        of = forward_batch.rids if self._pending is None else self._pending.seq_lens
+        return min(len(of), int(forward_batch.batch_size))
 
     def expected(self, rows: int) -> BatchStructure | None:
         """What ``take`` will most likely return, if that is the structure of the last step."""

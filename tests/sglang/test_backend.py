@@ -272,16 +272,20 @@ def test_more_graph_rows_than_the_workspace_holds(monkeypatch, caplog):
     assert calls[:3] == ["replay", "eager", "base layer"]
 
 
-def test_a_step_the_hook_missed_is_right_and_reported(fixture, caplog):
+@pytest.mark.parametrize("padded", [3, 5], ids=["plain", "padded by DP attention"])
+def test_a_step_the_hook_missed_is_right_and_reported(fixture, caplog, padded):
     reqs = [fixture.scheduler.serve([*SYSTEM, i]) for i in range(3)]
     for req in reqs:
         fixture.prefill(req)
-    view = fixture.forward_batch(fixture.scheduler.decode(reqs))
+    view = fixture.forward_batch(fixture.scheduler.decode(reqs), padded)
+    view.rids = [req.rid for req in reqs]
     fixture.backend.init_forward_metadata(view)
     fixture.base.init_forward_metadata(view)
     fixture.compare(fixture.layers[0], view, 3)
     assert "never fired" in caplog.text
     assert counts("no_sharing") == ({"the hook did not see this step": 1},)
+    (plan,) = fixture.backend._pat.plans.values()
+    assert plan.stats.rows == 3
 
 
 @pytest.mark.parametrize("entry", ["init_forward_metadata", "init_forward_metadata_out_graph"])
