@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import io
 import json
 import random
@@ -260,6 +261,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     try:
         for point in (smoke, *chosen):  # takes many seconds, while the servers start
             make_requests(point, tokenizer, folder)
+        gc.freeze()  # all those numbers
         for server in servers:
             print(f"{server.name}: ready after {server.wait(START_PATIENCE_S):.0f} s", flush=True)
             info = server.call("/get_server_info")
@@ -267,6 +269,10 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         for point in (smoke, chosen[0]):  # first requests of a kind compile kernels
             for server in servers:
                 server.measure(point, tokenizer)
+        # A full garbage collection of SGLang's front process takes 0.3 s and more, and the burst
+        # that it falls into begins so much later.
+        for server in servers:
+            server.call("/freeze_gc", {})
         deadline = time.monotonic() + options.budget_s
         constant = {
             "model": model.name,
