@@ -98,8 +98,10 @@ def load_serving() -> Any:
 
     @functools.wraps(get_dataset)
     def get_requests(args: argparse.Namespace, tokenizer: Any, *more: Any) -> Any:
-        of_requests = ("dataset", "gsp", "random", "sharegpt", "mooncake", "num_prompts", "seed")
-        options = {k: v for k, v in vars(args).items() if k.startswith((*of_requests, "tokenize"))}
+        of_requests = (
+            "dataset", "gsp", "random", "sharegpt", "mooncake", "num_prompts", "seed", "tokenize",
+        )  # fmt: skip
+        options = {k: v for k, v in vars(args).items() if k.startswith(of_requests)}
         key = str(sorted(options.items()))
         if key not in made:
             random.seed(args.seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,36 +82,25 @@ class Point:
 def points(trace: Path) -> list[Point]:
     """Every point there is, the smallest first; ``trace``: Mooncake's conversation trace."""
     return [
-        replace(
-            _shared_prefix("smoke", groups=2, samples=4, system=256, question=16, output=16),
-            ids=True,
-        ),
+        _shared_prefix("smoke", 2, 4, system=256, question=16, output=16, ids=True),
         # The two of anchors.md.
         _shared_prefix("prefix-4x32-4k", groups=4, samples=32, system=4096),
         _shared_prefix("prefix-1x128-8k", groups=1, samples=128, system=8192),
         # RL rollouts: samples of one prompt; streamed, and whole as RL frameworks ask for them.
         *(
-            replace(
-                _shared_prefix(f"{name}-8x{samples}", 8, samples, 1024, question=8, output=output),
-                times=times,
-                ids=True,
+            _shared_prefix(
+                f"{name}-8x{samples}", 8, samples, 1024, 8, output, times=times, ids=True
             )
             for name, times in (("grpo", "tokens"), ("rollout", "none"))
             for samples, output in ((16, 512), (64, 128))
         ),
         # The time to the first token varies with the order of arrivals: measured more often.
-        replace(
-            _shared_prefix("burst-8x16", 8, 16, 1024, question=8, output=8),
-            runs=4,
-            times="first token",
-            ids=True,
+        _shared_prefix(
+            "burst-8x16", 8, 16, 1024, question=8, output=8, times="first token", ids=True, runs=4
         ),
         # One system prompt at three loads.
         *(
-            replace(
-                _shared_prefix(f"system-{name}", 1, running, tokens, concurrency=running),
-                ids=True,
-            )
+            _shared_prefix(f"system-{name}", 1, running, tokens, ids=True, concurrency=running)
             for name, tokens in (("2.5k", 2560), ("8k", 8192))
             for running in (64, 128, 256)
         ),
@@ -162,7 +151,7 @@ def _shared_prefix(
     system: int,
     question: int = 128,
     output: int = 256,
-    concurrency: int | None = None,
+    **of_point: Any,
 ) -> Point:
     options: dict[str, Option] = {
         "dataset-name": "generated-shared-prefix",
@@ -172,7 +161,7 @@ def _shared_prefix(
         "gsp-question-len": question,
         "gsp-output-len": output,
     }
-    return Point(name, options, concurrency=concurrency)
+    return Point(name, options, **of_point)
 
 
 def _write_requests(path: Path, tokenizer: Path, rows: Callable[[Any], list[str]]) -> None:

@@ -81,6 +81,7 @@ def test_prompts_are_sent_as_token_ids(
     point = workloads._shared_prefix("tiny", groups=2, samples=3, system=40, question=5, output=4)
     made = {}
     for ids in (False, True):
+        monkeypatch.setenv("HOME", str(tmp_path / str(ids)))  # where SGLang keeps what it made
         bench_serving.make_requests(replace(point, ids=ids), model, tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(serving, "run_benchmark", lambda args: made.update({
