@@ -29,6 +29,12 @@ START_S, ANSWER_S = 240, 180  # on an idle machine 20 and 15 are enough
 # base is silent.
 CHECKED = {"PAT_SGLANG_STRICT": "1", "PAT_SGLANG_FORCE": "on", "PAT_SGLANG_VALIDATE": "1"}
 
+# For servers that need what SGLang has on GPUs only: LoRA, DP attention, the KV pool's size.
+_STAND_INS = Path(__file__).parent / "stand_ins"
+STOOD_IN = {
+    "PYTHONPATH": os.pathsep.join([str(_STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
+}
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ import requests
 from serving import (
     ANSWER_S,
     CHECKED,
+    STOOD_IN,
     Answer,
     answer_of,
     assert_equal,
@@ -42,7 +42,6 @@ from serving import (
     state_of,
 )
 
-STAND_INS = Path(__file__).parent / "stand_ins"
 FRACTION = 0.05  # of stand_ins.FREE: 9320 slots
 
 SYSTEM = (
@@ -81,14 +80,13 @@ def servers(
         "--mem-fraction-static", str(FRACTION), "--enable-lora", "--lora-backend", "torch_native",
         "--max-lora-rank", "16", "--lora-paths", f"tuned={adapter}",
     ]  # fmt: skip
-    path = os.pathsep.join([str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def start(backend: str) -> str:
         checked = CHECKED if backend == "pat" else {}
         return stack.enter_context(
             server(
                 logs / f"{backend}.log", model, "--attention-backend", backend, *options,
-                PYTHONPATH=path, **checked,
+                **STOOD_IN, **checked,
             )
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from serving import (
     CHECKED,
+    STOOD_IN,
     Answer,
     ask,
     assert_equal,
@@ -29,7 +30,6 @@ from serving import (
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 256, 512, 2, 4, 2, 64, 49152
 TWO_RANKS = ("--tp", "2", "--max-total-tokens", "4096")
 DATA_PARALLEL = ("--dp", "2", "--enable-dp-attention")
-STAND_INS = Path(__file__).parent / "stand_ins"
 BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # one core a rank
 
 SYSTEM = "The tower was built of grey granite, and its lamp was fed with whale oil. " * 4
@@ -92,8 +92,7 @@ def test_two_ranks_answer_as_the_base_does(random_model: Path, tmp_path: Path, d
     """DP attention: ranks pad to one size, and one of them runs out of requests first."""
     log = tmp_path / "pat.log"
     options = (*TWO_RANKS, *(DATA_PARALLEL if dp else ()), "--attention-backend")
-    path = os.pathsep.join([str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**BOUND, "PYTHONPATH": path}
+    environment = {**BOUND, **STOOD_IN}
     with server(
         tmp_path / "base.log", random_model, *options, "torch_native", **environment
     ) as url:
