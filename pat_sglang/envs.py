@@ -103,14 +103,6 @@ CACHE_DIR = EnvVar(
 DISABLE_JIT = EnvVar(
     "PAT_SGLANG_DISABLE_JIT", False, "0 or 1", _switch, "1: use the built kernels, never compile"
 )
-APPEND_IN_GRAPH = EnvVar(
-    "PAT_SGLANG_APPEND_IN_GRAPH",
-    False,
-    "0 or 1",
-    _switch,
-    "1: decode graphs append new KV slots, a step that keeps its plan launches nothing; no server "
-    "has run it on a GPU yet",
-)
 WORKSPACE_MIB = EnvVar(
     "PAT_SGLANG_WORKSPACE_MIB", 256, "a whole number above 0", _positive, "GPU memory cap, in MiB"
 )
@@ -123,7 +115,6 @@ TABLE: tuple[EnvVar[Any], ...] = (
     VALIDATE,
     CACHE_DIR,
     DISABLE_JIT,
-    APPEND_IN_GRAPH,
     WORKSPACE_MIB,
 )
 

@@ -14,10 +14,10 @@ PAT backend.
 - changed, another shape: the new request's prompt goes on as one of a request that is gone and then
   differs, which splits that one's node. The tracker's forest cannot be kept and is made anew, but
   where the tree shows ids only (0.5.23): of these the tracker knows the ones that rows pass
-- unchanged: the same list, every request one token longer; its first part ends where the fill
-  kernel is launched
-- unchanged, in the graph: the same on one that appends the new slots (PAT_SGLANG_APPEND_IN_GRAPH):
-  nothing is launched before the replay
+- unchanged: the same list, every request one token longer, in an eager step or on a graph without
+  PAT's append; the first part ends where the fill kernel is launched
+- unchanged, in the graph: the same on a graph that appends the new slots, as SGLang's decode graphs
+  do: nothing is launched before the replay
 
 Serving the new request is no part of a step, but leaves the CPU's caches cold, as the scheduler's
 work between two steps does. Launching the kernel is part of the host's time on a GPU; on a CPU
@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import os
 import platform
 import pstats
 import re
@@ -43,7 +42,6 @@ from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import gpu_common as common
 import numpy as np
@@ -53,7 +51,6 @@ sys.path.insert(0, str(common.ROOT / "tests" / "sglang"))
 
 from scheduling import MiniScheduler, forward_view, model_runner
 
-from pat_sglang import envs
 from pat_sglang.plugin.graphs import AppendingGraphs
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -167,8 +164,7 @@ class Bed:
         self.seq_lens = torch.ones(rows, dtype=torch.int64, device=device)
         self.new_slots = torch.zeros(rows, dtype=torch.int64, device=device)
         self.graph: Any = None  # on a GPU, of what is ahead of the layers
-        with mock.patch.dict(os.environ, {envs.APPEND_IN_GRAPH.name: "1"}):
-            self.capture()
+        self.capture()
 
     def inputs(self, forward_mode: Any, **others: Any) -> Any:
         """The batch that the backend is handed, in the graphs' inputs."""

@@ -47,8 +47,6 @@ from gpu_common import Row
 from prompts import GROUPS, SYSTEM
 from server import Server, add_plugin_option, environment_with
 
-from pat_sglang import envs
-
 RUNS = 2
 NEW_TOKENS = (32, 48, 64, 96, 128)  # requests leave the batch at different times
 SECOND_WAVE_S = 0.4
@@ -256,7 +254,7 @@ def problems_of(result: Row, cpu: bool) -> list[str]:
         if state.get(name):
             found.append(f"{name}: {state[name]}")
     kept, launched = state.get("plans_kept", 0), state.get("appends_launched", 0)
-    if envs.APPEND_IN_GRAPH.get() and not cpu and 10 * launched > kept:
+    if not cpu and 10 * launched > kept:
         found.append(f"{launched} of {kept} kept steps were launched for: no graph appends")
     for what in ("generated", "prompt", "rescored"):
         of = result[what]

@@ -9,9 +9,9 @@ Per decode step: init_forward_metadata (eager) or init_forward_metadata_out_grap
 plans, on the current stream and before the replay. Inside the graph only the plan's own buffers
 and the graph's inputs are read, never req_to_token: once the forward has published that its reads
 are over, the scheduler may hand the rows of finished requests to new ones. The inputs are enough
-for a step that keeps its plan: with PAT_SGLANG_APPEND_IN_GRAPH, init_forward_metadata_in_graph
-captures a kernel that appends the slots this step writes to (out_cache_loc), and the host launches
-nothing where it knows that the replay does it all.
+for a step that keeps its plan: init_forward_metadata_in_graph captures a kernel that appends the
+slots this step writes to (out_cache_loc), and the host launches nothing where it knows that the
+replay does it all.
 
 Per layer: forward_decode writes K and V as the base does and runs pat_decode, or calls the base.
 Which one is a static property of the layer (eligibility.py), so it may be captured.
@@ -27,7 +27,6 @@ import numpy.typing as npt
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from pat_sglang import envs
 from pat_sglang._types import Int32Array
 from pat_sglang.decode import pat_decode
 from pat_sglang.layout import H_PLANNED_TOKENS, H_RUNS, H_SHARED_PACKS, H_SHARING, H_UNSHARED_TOKENS
@@ -148,8 +147,7 @@ class PatMixin(AttentionBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> Any:
         """Inside the graph, when it is captured and in the runs that warm up for it."""
-        wanted = envs.APPEND_IN_GRAPH.get() and not self._pat.in_base
-        if wanted and self._pat_serves(forward_batch):
+        if not self._pat.in_base and self._pat_serves(forward_batch):
             self._pat_append(forward_batch)
         return super().init_forward_metadata_in_graph(forward_batch)
 

@@ -16,7 +16,6 @@ from pat_sglang.plugin.feed import on_init_new
 @pytest.fixture(autouse=True)
 def _packed(monkeypatch):
     monkeypatch.setenv("PAT_SGLANG_FORCE", "on")  # the cost model alone would not pack so little
-    monkeypatch.setenv("PAT_SGLANG_APPEND_IN_GRAPH", "1")
 
 
 def captured(rows=3, **options):
@@ -105,14 +104,6 @@ def test_lengths_that_no_graph_reads_launch():
 
 def test_plans_that_are_validated_launch(monkeypatch):
     monkeypatch.setenv("PAT_SGLANG_VALIDATE", "1")
-    fixture, graphs, reqs = captured()
-    for _ in range(4):
-        graphs.replay(fixture.scheduler.decode(reqs))
-    assert launched() == 3
-
-
-def test_steps_launch_unless_graphs_are_to_append(monkeypatch):
-    monkeypatch.delenv("PAT_SGLANG_APPEND_IN_GRAPH")
     fixture, graphs, reqs = captured()
     for _ in range(4):
         graphs.replay(fixture.scheduler.decode(reqs))
