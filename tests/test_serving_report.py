@@ -66,6 +66,19 @@ def test_a_control_may_lose_a_percent(loss: float, holds: bool) -> None:
     assert (not failed) == holds and not undecided
 
 
+def test_controls_are_held_to_the_default_backend_alone() -> None:
+    slower = rows("pat", 1.1, 1.1, shared=False)
+    assert losses("random", slower, rows("flashinfer", 1.0, 1.0, shared=False), "flashinfer") == (
+        HOLDS
+    )
+    # A shared load must gain against every backend, but only the tokens after the first.
+    late = rows("pat", 1.0, 1.0, mean_tpot_ms=12.0, p99_tpot_ms=20.0, mean_ttft_ms=900.0)
+    assert losses("other", late, rows("flashinfer", 1.0, 1.0), "flashinfer") == HOLDS
+    assert losses("other", late, rows("fa3", 1.0, 1.0), "fa3") != HOLDS
+    failed, _ = losses("other", rows("pat", 1.1), rows("flashinfer", 1.0), "flashinfer")
+    assert len(failed) == 2
+
+
 def test_a_loss_within_the_peers_own_differences_is_not_decided() -> None:
     peer = rows("fa3", 0.98, 1.0, 1.02, shared=False)
     failed, undecided = losses("random", rows("pat", 1.03, shared=False), peer, "fa3")
@@ -74,6 +87,12 @@ def test_a_loss_within_the_peers_own_differences_is_not_decided() -> None:
     failed, undecided = losses("random", rows("pat", 1.06, shared=False), peer, "fa3")
     assert len(failed) == 4 and not undecided
     assert losses("random", rows("pat", 0.5, shared=False), peer, "fa3") == HOLDS
+
+
+def test_one_round_decides_no_small_loss() -> None:
+    mine, peer = rows("pat", 1.2, shared=False), rows("fa3", 1.0, shared=False)
+    failed, undecided = losses("random", mine, peer, "fa3")
+    assert not failed and len(undecided) == 4 and "nan" in undecided[0]
 
 
 def test_the_report_names_every_backend_and_verdict() -> None:
