@@ -304,7 +304,7 @@ class PatMixin(AttentionBackend):
         state = self._pat
         return (
             not state.validate
-            and forward_batch.seq_lens_cpu is not None
+            and getattr(forward_batch, "seq_lens_cpu", None) is not None
             and state.graphs.all_append(forward_batch)
         )
 

@@ -19,16 +19,18 @@ class AppendingGraphs:
 
     def __init__(self) -> None:
         self._without: dict[_Key, int] = {}  # graphs that do not append, or not yet
+        self._begun: _Key | None = None  # of the graph that is being captured, unless it appends
 
     def begin(self, forward_batch: Any) -> None:
         """A graph is about to be captured for this batch."""
-        key = _key(forward_batch)
+        self._begun = key = _key(forward_batch)
         self._without[key] = self._without.get(key, 0) + 1
 
     def append(self, forward_batch: Any) -> None:
-        """The append of this batch has just been captured in it."""
-        key = _key(forward_batch)
-        self._without[key] = self._without.get(key, 0) - 1
+        """The append of this batch has just been captured in it, perhaps not for the first time."""
+        if self._begun == _key(forward_batch):
+            self._without[self._begun] -= 1
+            self._begun = None
 
     def all_append(self, forward_batch: Any) -> bool:
         """Whether every graph that the replay of this batch may be of appends."""

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import pytest
 import torch
 from backends import SYSTEM, Fixture, GraphRunner, counts, graph_base
 
 from pat_sglang.metrics import METRICS
+from pat_sglang.plugin import compat
 from pat_sglang.plugin.feed import on_init_new
 
 
@@ -131,6 +133,20 @@ def test_two_graphs_of_one_size(appends):
     for _ in range(4):
         graphs.replay(fixture.scheduler.decode(reqs))
     assert launched() == (0 if all(appends) else 3)
+
+
+def test_a_graph_that_appends_twice_stands_for_itself_alone():
+    """Appending again changes nothing on the device; it must not excuse a graph that never does."""
+    fixture, graphs, reqs = captured()
+    batch, _ = graphs.captured[4]
+    with mock.patch.object(compat, "is_capturing", return_value=True):
+        fixture.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+        for _ in range(2):
+            fixture.backend.init_forward_metadata_in_graph(batch)
+        fixture.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    for _ in range(3):
+        graphs.replay(fixture.scheduler.decode(reqs))
+    assert launched() == 2
 
 
 def test_slots_that_are_not_one_a_row_are_not_captured():
