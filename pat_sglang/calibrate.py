@@ -301,7 +301,7 @@ def slots_of(batch: Batch) -> np.ndarray:
     return table
 
 
-def calibrate(seconds: float, device: str = "cuda") -> str:
+def calibrate(seconds: float) -> str:
     """Searches constants for ``seconds``, saves them and says how much they gain.
 
     Raises:
@@ -309,21 +309,21 @@ def calibrate(seconds: float, device: str = "cuda") -> str:
     """
     if not torch.cuda.is_available():
         raise ValueError("--calibrate measures on a GPU, and there is none here")
-    properties = torch.cuda.get_device_properties(device)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    properties = torch.cuda.get_device_properties("cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     timed: list[_Timed] = []
     planners = []
     for q_heads, kv_heads in HEADS:
         planner = DecodePlanner(
             num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=HEAD_DIM, dtype=torch.bfloat16,
-            device=device, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS,
+            device="cuda", max_rows=MAX_ROWS, max_tokens=MAX_TOKENS,
         )  # fmt: skip
         planners.append(planner)
         most = MAX_KV_BYTES // (4 * kv_heads * HEAD_DIM)
         of_layout = [batch for batch in batches() if batch.tokens <= most]
         slots = max(batch.tokens for batch in of_layout)
         k, v = (
-            torch.randn(slots, kv_heads, HEAD_DIM, dtype=torch.bfloat16, device=device)
+            torch.randn(slots, kv_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
             for _ in range(2)
         )
         timed += [_Timed(batch, planner, k, v, flush) for batch in of_layout]

@@ -361,12 +361,6 @@ class PlanTables:
             part_ptr=table(H_OFF_PART_PTR, rows + 1, 1)[:, 0],
         )
 
-    def kind_of_item(self, index: int) -> int:
-        """Tile index of an item."""
-        begins = self.header[H_ITEM_BEGIN : H_ITEM_BEGIN + len(TILES)]
-        counts = self.header[H_ITEM_COUNT : H_ITEM_COUNT + len(TILES)]
-        return next(k for k in range(len(TILES)) if begins[k] <= index < begins[k] + counts[k])
-
     def rows_of_item(self, index: int, group: int) -> list[tuple[int, int, int]]:
         """``(row, head of the group, partial slot or -1)`` of each query row of an item."""
         first, offset, count = (int(x) for x in self.items[index, :3])

@@ -81,9 +81,9 @@ class Metrics:
         for steps in self._repeated:
             self._settle(steps)
 
-    def count(self, name: str, by: int = 1) -> None:
-        """Add to a counter of COUNTERS."""
-        self._counts[name] += by
+    def count(self, name: str) -> None:
+        """Add one to a counter of COUNTERS."""
+        self._counts[name] += 1
 
     def count_reason(self, name: str, reason: str) -> None:
         """Add one to ``reason`` of a counter of COUNTERS_BY_REASON."""

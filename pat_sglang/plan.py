@@ -34,13 +34,12 @@ Lengths = Sequence[int] | Int32Array | torch.Tensor
 
 @dataclass(frozen=True)
 class PlanStats:
-    """What a plan does, in KV tokens of one layer; the byte properties are K and V together."""
+    """What a plan does, in KV tokens of one layer."""
 
     rows: int
     unique_tokens: int  # every shared token once
     unshared_tokens: int  # what a kernel that knows no prefixes reads
     planned_tokens: int  # what the plan reads, a token once for every tile that reads it
-    token_bytes: int
     items: dict[str, int]  # work items per KV head, by tile
     shared_segments: int  # packs of two rows or more
     chains: int  # work items per KV head that read private runs too
@@ -56,21 +55,6 @@ class PlanStats:
     def tokens_saved(self) -> int:
         """KV tokens the plan reads less than a kernel that knows no prefixes."""
         return self.unshared_tokens - self.planned_tokens
-
-    @property
-    def unique_kv_bytes(self) -> int:
-        """Bytes of KV that must be read at least."""
-        return self.unique_tokens * self.token_bytes
-
-    @property
-    def unshared_kv_bytes(self) -> int:
-        """Bytes of KV read without sharing."""
-        return self.unshared_tokens * self.token_bytes
-
-    @property
-    def planned_kv_bytes(self) -> int:
-        """Bytes of KV the plan's work items read."""
-        return self.planned_tokens * self.token_bytes
 
 
 def explain(words: Int32Array) -> str:
@@ -243,13 +227,12 @@ class DecodePlan:
                 )
 
     def _make_stats(self) -> PlanStats:
-        tables, header, layer = self.tables, self.header, self.layer
+        tables, header = self.tables, self.header
         return PlanStats(
             rows=header[layout.H_ROWS],
             unique_tokens=_unique_tokens(tables),
             unshared_tokens=header[layout.H_UNSHARED_TOKENS],
             planned_tokens=header[layout.H_PLANNED_TOKENS],
-            token_bytes=2 * layer.num_kv_heads * layer.head_dim * layer.dtype.itemsize,
             items=_items_by_tile(tables),
             shared_segments=header[layout.H_SHARED_PACKS],
             chains=header[layout.H_CHAINS],
