@@ -215,9 +215,19 @@ CHECKS: dict[str, Callable[[], tuple[bool, str]]] = {
 }
 
 
+def _describe_variables() -> str:
+    lines = [f"  {v.name} ({v.kind})\n      {v.meaning}" for v in envs.TABLE]
+    return "environment variables:\n" + "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry of ``python -m pat_sglang``."""
-    parser = argparse.ArgumentParser(prog="python -m pat_sglang", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pat_sglang",
+        description=__doc__,
+        epilog=_describe_variables(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("run", help="run an SGLang module with plug-ins loaded")

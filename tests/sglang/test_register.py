@@ -98,7 +98,6 @@ def test_no_base_leaves_the_choice_to_sglang():
 
 
 def test_environment_switch(monkeypatch, model_folder):
-    assert not hasattr(server_args(model_folder, attention_backend="torch_native"), "_pat")
     monkeypatch.setenv("PAT_SGLANG", "1")
     args = server_args(model_folder, attention_backend="torch_native")
     assert args._pat == {"asked_by": "PAT_SGLANG"}
@@ -177,10 +176,15 @@ def test_old_versions_are_declined_with_one_line(number):
 
 
 @pytest.mark.parametrize("number", ["0.5.13.post1", "0.5.17", "0.5.23", "0.6.0.dev3", "git-abc"])
-def test_newer_versions_are_probed(number):
+def test_newer_versions_are_not_declined_by_their_number(number):
     from pat_sglang.plugin import compat
 
     assert compat.unsupported_version(number) is None
+
+
+def test_this_sglang_has_every_seam():
+    from pat_sglang.plugin import compat
+
     assert compat.missing_seams() is None
 
 
@@ -252,6 +256,13 @@ def test_doctor():
     status, out, err = command("doctor")
     assert status == 0, out + err
     assert "entry point" in out and "sglang 0.5" in out and "torch_native" in out
+
+
+def test_help_lists_the_variables():
+    status, out, err = command("--help")
+    assert status == 0, err
+    for variable in envs.TABLE:
+        assert f"  {variable.name} ({variable.kind})\n      {variable.meaning}\n" in out
 
 
 def test_explain():
