@@ -34,6 +34,7 @@ COLD_REPEATS, FEWEST_COLD = 30, 10
 COLD_BUDGET_US = 10_000.0  # replays of one measure together, from FEWEST_COLD on
 WARM_BATCHES, WARM_REPEATS = 5, 10
 WARM_BUDGET_US = 1_000.0  # of one batch
+ORACLE_BYTES = 1 << 30  # of K and V in fp32 that the oracle takes at once
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def time_cold(graph: Any, flush: torch.Tensor, expected_us: float = 0.0) -> floa
     return calibrate.time_cold(graph, flush, repeats)
 
 
-def time_warm(graph: Any, expected_us: float = 0.0) -> float:
+def time_warm(graph: Any, expected_us: float) -> float:
     """Microseconds of a replay in back-to-back replays: median over batches of the mean.
 
     5 batches of 10, and down to 3 batches of 2 of a graph that is expected to take long.
@@ -231,12 +232,11 @@ def oracle(
     seq_lens: Sequence[int],
     sm_scale: float,
     rows: Sequence[int] | None = None,
-    max_bytes: int = 1 << 30,
 ) -> torch.Tensor:
     """Attention of the given rows in fp32 on the same inputs: [len(rows), q_heads, d] fp32.
 
     Written apart from pat_sglang.reference on purpose: the two are compared in dry runs. Rows are
-    taken in chunks of similar length whose K and V fit into `max_bytes`.
+    taken in chunks of similar length whose K and V fit into ORACLE_BYTES.
     """
     torch.set_float32_matmul_precision("highest")  # no TF32: containers turn it on
     rows = range(q.shape[0]) if rows is None else rows
@@ -250,7 +250,7 @@ def oracle(
         for i in order[at + 1 :]:
             length = seq_lens[rows[i]]
             size = (len(chunk) + 1) * length * kv_heads * head_dim * 4 * 2
-            if size > max_bytes or length > 2 * shortest + 64:
+            if size > ORACLE_BYTES or length > 2 * shortest + 64:
                 break
             chunk.append(i)
         at += len(chunk)

@@ -48,9 +48,9 @@ class Cell:
         """Cold time, None where there is no sound one."""
         return self.rows[backend]["cold_us"] if backend in self.rows else None
 
-    def floor(self, backend: str = "pat") -> float | None:
-        """Measured floor at the page size of a backend."""
-        return self.rows[backend].get("floor_us") if backend in self.rows else None
+    def floor(self) -> float | None:
+        """Measured floor at PAT's page size."""
+        return self.rows["pat"].get("floor_us") if "pat" in self.rows else None
 
     def peers(self, page_size: int | None = None) -> dict[str, float]:
         """Cold times of the measured peers, of one page size or of any."""

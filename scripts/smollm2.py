@@ -239,11 +239,12 @@ def make(dest: Path, dtype: str, cache: Path = CACHE) -> bool:
     return True
 
 
-def make_adapter(dest: Path, rank: int = 16, strength: float = 0.05) -> None:
+def make_adapter(dest: Path) -> None:
     """A random LoRA adapter in `dest`, strong enough to change what the model says."""
     import torch
     from safetensors.torch import save_file
 
+    rank, strength = 16, 0.05
     layers, hidden, widths = 30, 576, {"q_proj": 576, "v_proj": 192}
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
     config["target_modules"] = list(widths)
