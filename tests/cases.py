@@ -149,12 +149,12 @@ def make_case(
 
 
 def random_forest(
-    rng: np.random.Generator, rows: int, max_depth: int = 4, max_len: int = 64
+    rng: np.random.Generator, rows: int, max_len: int = 64
 ) -> tuple[Forest, np.ndarray, np.ndarray]:
     """Random forest with several roots, duplicates and ragged tails (length 0 included)."""
     parent: list[int] = []
     length: list[int] = []
-    for _ in range(int(rng.integers(0, 3 * max_depth))):
+    for _ in range(int(rng.integers(0, 12))):
         deep = parent and rng.random() < 0.7
         parent.append(int(rng.integers(0, len(parent))) if deep else -1)
         length.append(int(rng.integers(1, max_len)))

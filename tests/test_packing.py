@@ -74,9 +74,10 @@ def with_sharing(setup: Setup, sharing: str) -> Setup:
     return Setup(shape, setup.model, setup.capacity)
 
 
-@settings(max_examples=800)
+@settings(max_examples=300)
 @given(st.data())
-def test_every_token_once_also_after_growth(data: st.DataObject) -> None:
+def test_every_token_once_however_far_each_row_has_grown(data: st.DataObject) -> None:
+    # Growth of its own for every row; test_planner.py checks plans that did not grow.
     batch = data.draw(batches())
     setup = data.draw(setups(batch))
     words = words_of(batch, setup)
@@ -84,7 +85,6 @@ def test_every_token_once_also_after_growth(data: st.DataObject) -> None:
     event(f"coarsened {words[layout.H_COARSENED]}")
     event(f"chains {bool(words[layout.H_CHAINS])}, partials {bool(words[layout.H_PARTS])}")
     group, horizon = setup.shape.group_size, int(words[layout.H_HORIZON])
-    check_plan(words, batch, group)
     growth = data.draw(st.lists(st.integers(0, horizon), min_size=batch.rows, max_size=batch.rows))
     check_plan(words, batch, group, batch.host_lens + np.array(growth, np.int32))
 

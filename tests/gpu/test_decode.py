@@ -473,8 +473,9 @@ def test_chains_on_random_forests(make_planner, heads, head_dim, dtype, query_ro
     assert chains > 0
 
 
-def binary_tree(rows, root=330, below=21):
+def binary_tree(rows, root=330):
     """A root, four levels of two children each, and tails of 0 to 39 tokens."""
+    below = 21
     parent = [-1, *(node // 2 for node in range(30))]
     length = [root] + [below] * 30
     leaves = np.arange(rows, dtype=np.int32) % 16 + 15

@@ -174,14 +174,16 @@ class GraphRunner:
     On a CPU the part of a graph ahead of its layers is run again by calling what captured it.
     """
 
-    def __init__(self, fixture, sizes=(4, 8, 16)):
-        self.fixture, self.sizes = fixture, sizes
-        self.req_pool_indices = torch.zeros(sizes[-1], dtype=torch.int64)
-        self.out_cache_loc = torch.zeros(sizes[-1], dtype=torch.int64)
-        self.seq_lens = torch.ones(sizes[-1], dtype=torch.int64)
-        self.seq_lens_cpu = torch.ones(sizes[-1], dtype=torch.int64)
+    sizes = (4, 8, 16)
+
+    def __init__(self, fixture):
+        self.fixture = fixture
+        self.req_pool_indices = torch.zeros(self.sizes[-1], dtype=torch.int64)
+        self.out_cache_loc = torch.zeros(self.sizes[-1], dtype=torch.int64)
+        self.seq_lens = torch.ones(self.sizes[-1], dtype=torch.int64)
+        self.seq_lens_cpu = torch.ones(self.sizes[-1], dtype=torch.int64)
         self.captured = {}
-        fixture.backend.init_cuda_graph_state(sizes[-1], sizes[-1])
+        fixture.backend.init_cuda_graph_state(self.sizes[-1], self.sizes[-1])
 
     def inputs(self, size, mode):
         return forward_view(

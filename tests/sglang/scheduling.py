@@ -186,8 +186,8 @@ def row_depths(structure: Any) -> list[list[int]]:
     ]
 
 
-def assert_exact(scheduler: MiniScheduler, structure: Any, *, complete: bool = True) -> None:
-    """Shared ranges hold equal slots; ``complete``: and no equal leading slot is missed."""
+def assert_exact(scheduler: MiniScheduler, structure: Any) -> None:
+    """Shared ranges hold equal slots, and no equal leading slot is missed."""
     depths = row_depths(structure)
     rows = [scheduler.slots(req) for req in structure.reqs]
     for i, first in enumerate(rows):
@@ -195,8 +195,4 @@ def assert_exact(scheduler: MiniScheduler, structure: Any, *, complete: bool = T
             n = min(first.size, second.size)
             differ = np.nonzero(first[:n] != second[:n])[0]
             common = int(differ[0]) if differ.size else n
-            assert depths[i][j] <= common, f"rows {j} and {i} do not share {depths[i][j]} slots"
-            if complete:
-                assert depths[i][j] == common, (
-                    f"rows {j} and {i} share {common}, not {depths[i][j]}"
-                )
+            assert depths[i][j] == common, f"rows {j} and {i} share {common}, not {depths[i][j]}"
