@@ -19,6 +19,7 @@ struct TileShape {
 inline constexpr int32_t kNumTiles = 3;
 inline constexpr TileShape kTiles[kNumTiles] = {{16, 64}, {64, 64}, {128, 64}};
 inline constexpr int32_t kFragmentRows = 16;  // query rows of one warp's MMA
+inline constexpr int32_t kItemWarps = 4;      // warps of an item, see pat_sglang/cost.py
 
 // Header: int32 [kHeaderWords]. Offsets are in words from the start of the plan; every table starts
 // at a multiple of kTableAlign.
@@ -74,10 +75,12 @@ inline constexpr int32_t kFragmentNumSteps = 1;
 
 // Step: int32 [steps, kStepWords], one contiguous piece of the snapshot, read by some rows of a fragment.
 inline constexpr int32_t kStepWords = 4;
-inline constexpr int32_t kStepSlot = 0;    // offset in the slot snapshot
-inline constexpr int32_t kStepLength = 1;  // tokens (a bound for a tail)
-inline constexpr int32_t kStepRows = 2;    // query rows [lo, hi) of the fragment: lo | hi << 8
+inline constexpr int32_t kStepSlot = 0;          // offset in the slot snapshot
+inline constexpr int32_t kStepLength = 1;        // tokens (a bound for a tail)
+inline constexpr int32_t kStepRows = 2;          // query rows [lo, hi) of the fragment, as one word
 inline constexpr int32_t kStepTailPosition = 3;  // as kItemTailPosition
+inline constexpr int32_t kStepHiShift = 8;       // that word is lo | hi << kStepHiShift
+inline constexpr int32_t kStepRowMask = (1 << kStepHiShift) - 1;  // lo or hi, once shifted down
 
 // Entry: int32 [entries, kEntryWords].
 inline constexpr int32_t kEntryWords = 2;

@@ -291,6 +291,8 @@ def test_layout_constants_are_the_same_in_both_languages() -> None:
     assert found["SlotAlign"] == layout.SLOT_ALIGN
     assert found["TableAlign"] == layout.TABLE_ALIGN
     assert found["FragmentRows"] == cost.FRAGMENT_ROWS
+    assert found["ItemWarps"] == cost.ITEM_WARPS
+    assert found["StepHiShift"] == layout.STEP_HI_SHIFT
     tiles = re.search(r"kTiles\[kNumTiles\] = \{(.*)\};", (CSRC / "plan_layout.h").read_text())
     assert tiles is not None
     numbers = [int(n) for n in re.findall(r"\d+", tiles[1])]
@@ -306,7 +308,6 @@ def test_packing_constants_are_the_same_in_both_languages() -> None:
     assert found["MinChunk"] == packing.MIN_CHUNK
     assert found["ChunkAlign"] == packing.CHUNK_ALIGN
     assert found["MaxHorizon"] == packing.MAX_HORIZON
-    assert found["ItemWarps"] == cost.ITEM_WARPS
     text = "".join(path.read_text() for path in files)
     lists = dict(re.findall(r"constexpr int\w* k(\w+)\[\] = \{(.*)\};", text))
     assert tuple(map(int, lists["PiecesPerSm"].split(","))) == packing.PIECES_PER_SM

@@ -88,7 +88,7 @@ class SharedRun {
     wgmma::fence();
 #pragma unroll
     for (int t = 0; t < kTokenSteps; ++t) {
-      wgmma::mma_registers(rows_.out, p_[t], v + wgmma::offset(t * kSliceBytes));
+      wgmma::mma_output(rows_.out, p_[t], v + wgmma::offset(t * kSliceBytes));
     }
     wgmma::commit();
   }

@@ -22,7 +22,7 @@ static_assert(kHeadDim == 64 || kHeadDim == 128, "head dimensions the swizzle is
 #error "define PAT_PATH_SM80 or PAT_PATH_SM90"
 #endif
 
-inline constexpr int kWarps = 4;  // that share an entry of the ring
+inline constexpr int kWarps = kItemWarps;  // that share an entry of the ring
 
 inline constexpr int kRowChunks = kHeadDim / 8;       // 16-byte chunks of one token of K or V
 inline constexpr int kRowsPerLoad = 32 / kRowChunks;  // tokens one warp-wide cp.async brings

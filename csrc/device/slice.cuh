@@ -9,17 +9,25 @@ namespace pat {
 struct Slice {
   static constexpr int32_t kEnd = -1;  // nothing: the item's stream is over
 
-  /// `rows`: query rows lo | hi << 8 of the fragment; `block` counts the fragments of the
-  /// warp, of which only the sm_80 path has more than one.
+  /// `rows`: lo and hi as in a step, see kStepRows; `block` counts the fragments of the warp, of which
+  /// only the sm_80 path has more than one.
   __device__ static int32_t pack(int32_t valid, int32_t rows, int32_t block) {
-    return valid | rows << 8 | block << 24;
+    return valid | rows << kRowsShift | block << kBlockShift;
   }
-  __device__ static int32_t valid(int32_t word) { return word & 0xff; }     // tokens that exist
-  __device__ static int32_t low(int32_t word) { return word >> 8 & 0xff; }  // rows [low, high)
-  __device__ static int32_t high(int32_t word) { return word >> 16 & 0xff; }
-  __device__ static int32_t block(int32_t word) { return word >> 24; }
+  __device__ static int32_t valid(int32_t word) {  // tokens that exist
+    return word & ((1 << kRowsShift) - 1);
+  }
+  __device__ static int32_t low(int32_t word) {  // rows [low, high)
+    return word >> kRowsShift & kStepRowMask;
+  }
+  __device__ static int32_t high(int32_t word) {
+    return word >> (kRowsShift + kStepHiShift) & kStepRowMask;
+  }
+  __device__ static int32_t block(int32_t word) { return word >> kBlockShift; }
 
-  static constexpr int32_t kAllRows = kFragmentRows << 8;
+  static constexpr int kRowsShift = 8;
+  static constexpr int kBlockShift = kRowsShift + 2 * kStepHiShift;
+  static constexpr int32_t kAllRows = kFragmentRows << kStepHiShift;
 };
 
 __device__ __forceinline__ int32_t whole_slices(int32_t tokens) {
@@ -37,7 +45,7 @@ __device__ __forceinline__ Step load_step(const Tables& tables, const DecodePara
   const int4 words = tables.step(index);
   Step step{words.x, words.y, words.z};
   if (words.w >= 0) {
-    const int32_t flat = item.head_offset + first_row + (words.z & 0xff);
+    const int32_t flat = item.head_offset + first_row + (words.z & kStepRowMask);
     const int32_t row = tables.entry(item.first_entry + flat / params.group_size).x;
     step.length = live_length(words.y, __ldg(params.live_lens + row), words.w);
   }

@@ -109,7 +109,8 @@ class Stream {
     }
     if (mine >= private_.steps) return;
     private_.mine = load_step(tables_, params_, index, item, row);
-    private_.mine.rows |= row / kBlockRows << 16;  // a word of Slice, less its tokens
+    // A word of Slice, less its tokens.
+    private_.mine.rows |= row / kBlockRows << (Slice::kBlockShift - Slice::kRowsShift);
   }
 
   const DecodeParams& params_;

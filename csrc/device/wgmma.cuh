@@ -67,8 +67,7 @@ __device__ __forceinline__ void mma_scores(float (&c)[8][4], const uint32_t (&a)
 }
 
 /// c (64 x 128) += a b: a 64 x 16 in registers, b 16 x 128 in shared memory, columns fastest.
-__device__ __forceinline__ void mma_registers(float (&c)[16][4], const uint32_t (&a)[4],
-                                              uint32_t b) {
+__device__ __forceinline__ void mma_output(float (&c)[16][4], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
       "{\n.reg .b64 d;\nmov.b64 d, {%68, %69};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." PAT_WGMMA_TYPE
@@ -85,8 +84,7 @@ __device__ __forceinline__ void mma_registers(float (&c)[16][4], const uint32_t 
 }
 
 /// The same for 64 columns.
-__device__ __forceinline__ void mma_registers(float (&c)[8][4], const uint32_t (&a)[4],
-                                              uint32_t b) {
+__device__ __forceinline__ void mma_output(float (&c)[8][4], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
       "{\n.reg .b64 d;\nmov.b64 d, {%36, %37};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." PAT_WGMMA_TYPE

@@ -10,8 +10,6 @@
 
 namespace pat {
 
-inline constexpr int32_t kItemWarps = 4;  // warps of an item, see pat_sglang/cost.py
-
 /// A segment or a tail below the shared run of a chain, and the rows of the pack that own it, which
 /// lie side by side. The pieces of a chain are in the order of their steps: by first row, from the
 /// top down, the tail last.

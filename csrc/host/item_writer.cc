@@ -21,7 +21,6 @@ uint64_t lightness_of(uint64_t key) { return key >> kWeightShift & kWeightMax; }
 int32_t created_of(uint64_t key) { return static_cast<int32_t>(key & INT32_MAX); }
 
 constexpr int kMaxDigitBits = 8;
-constexpr int kStepHiShift = 8;  // in the word that holds lo and hi
 
 }  // namespace
 
