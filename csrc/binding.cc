@@ -80,10 +80,24 @@ bool is_64bit(const TensorView& t, const char* name) {
   return same(t.dtype(), kInt64);
 }
 
-void check_aligned(const TensorView& t, const char* name, int64_t slot_stride) {
-  if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0 || slot_stride % 8 != 0) {
+/// A tensor's first element.
+template <typename T = void>
+T* data_of(const TensorView& t) {
+  return static_cast<T*>(static_cast<void*>(static_cast<char*>(t.data_ptr()) + t.byte_offset()));
+}
+
+bool is_aligned(const TensorView& t) { return reinterpret_cast<uintptr_t>(data_of(t)) % 16 == 0; }
+
+void check_aligned(const TensorView& t, const char* name) {
+  if (!is_aligned(t)) TVM_FFI_THROW(ValueError) << name << " must be 16-byte aligned";
+}
+
+/// The same for every row of 16-bit elements.
+void check_rows_aligned(const TensorView& t, const char* name) {
+  check_aligned(t, name);
+  if (t.stride(0) % 8 != 0) {
     TVM_FFI_THROW(ValueError) << name << " must be 16-byte aligned in every row, but the stride is "
-                              << slot_stride << " elements";
+                              << t.stride(0) << " elements";
   }
 }
 
@@ -162,8 +176,8 @@ bool encode_map(const TensorView& cache, pat::TensorMap& map) {
   const cuuint64_t strides[2] = {2 * PAT_HEAD_DIM, 2 * static_cast<cuuint64_t>(cache.stride(0))};
   const cuuint32_t box[3] = {pat::kMapElements, 1, pat::kMapTokens};
   const cuuint32_t steps[3] = {1, 1, 1};
-  return encode(reinterpret_cast<CUtensorMap*>(&map), kType, 3, cache.data_ptr(), sizes, strides,
-                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  return encode(reinterpret_cast<CUtensorMap*>(&map), kType, 3, data_of(cache), sizes, strides, box,
+                steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
@@ -188,6 +202,7 @@ bool decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
     TVM_FFI_THROW(ValueError) << "q must be [rows, heads, " << PAT_HEAD_DIM << "], got "
                               << shape_of(q);
   }
+  if (q.size(1) == 0) TVM_FFI_THROW(ValueError) << "q must have heads, got " << shape_of(q);
   for (int i = 0; i < 3; ++i) {
     if (out.size(i) != q.size(i) || v_cache.size(i) != k_cache.size(i)) {
       TVM_FFI_THROW(ValueError) << "out must be shaped like q, v_cache like k_cache: q "
@@ -205,10 +220,12 @@ bool decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
                               << ", partial_out " << shape_of(partial_out);
   }
   if (counters.size(0) < pat::kNumTiles) TVM_FFI_THROW(ValueError) << "counters is too short";
-  check_aligned(q, "q", q.stride(0));
-  check_aligned(out, "out", out.stride(0));
-  check_aligned(k_cache, "k_cache", k_cache.stride(0));
-  check_aligned(v_cache, "v_cache", v_cache.stride(0));
+  check_rows_aligned(q, "q");
+  check_rows_aligned(out, "out");
+  check_rows_aligned(k_cache, "k_cache");
+  check_rows_aligned(v_cache, "v_cache");
+  check_aligned(plan, "plan");  // 16 bytes of it are read at a time, of partial_out too
+  check_aligned(partial_out, "partial_out");
   if (q.size(0) == 0) return true;
 
   const auto num_q_heads = static_cast<int32_t>(q.size(1));
@@ -217,16 +234,16 @@ bool decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
       .k_map = {},
       .v_map = {},
       .has_maps = false,
-      .q = q.data_ptr(),
-      .k_cache = k_cache.data_ptr(),
-      .v_cache = v_cache.data_ptr(),
-      .out = out.data_ptr(),
-      .plan = static_cast<const int32_t*>(plan.data_ptr()),
-      .slots = static_cast<const int32_t*>(slots.data_ptr()),
-      .live_lens = static_cast<const int32_t*>(live_lens.data_ptr()),
-      .counters = static_cast<int32_t*>(counters.data_ptr()),
-      .partial_out = static_cast<float*>(partial_out.data_ptr()),
-      .partial_lse = static_cast<float*>(partial_lse.data_ptr()),
+      .q = data_of(q),
+      .k_cache = data_of(k_cache),
+      .v_cache = data_of(v_cache),
+      .out = data_of(out),
+      .plan = data_of<int32_t>(plan),
+      .slots = data_of<int32_t>(slots),
+      .live_lens = data_of<int32_t>(live_lens),
+      .counters = data_of<int32_t>(counters),
+      .partial_out = data_of<float>(partial_out),
+      .partial_lse = data_of<float>(partial_lse),
       .q_row_stride = row_stride(q, "q"),
       .out_row_stride = row_stride(out, "out"),
       .k_slot_stride = 2u * static_cast<uint32_t>(row_stride(k_cache, "k_cache")),
@@ -288,9 +305,7 @@ class PlanBuffers {
                                 << ", ring " << shape_of(ring_) << ", live_lens "
                                 << shape_of(live_lens_) << ", filled " << shape_of(filled_);
     }
-    const auto addresses = reinterpret_cast<uintptr_t>(words_.data_ptr()) |
-                           reinterpret_cast<uintptr_t>(ring_.data_ptr());
-    if (addresses % 16 != 0 || words_.size(0) % 4 != 0) {
+    if (!is_aligned(words_) || !is_aligned(ring_) || words_.size(0) % 4 != 0) {
       TVM_FFI_THROW(ValueError) << "words and every buffer of the ring must be whole 16 bytes, "
                                    "16-byte aligned, but words has "
                                 << words_.size(0) << " elements";
@@ -327,14 +342,14 @@ class PlanBuffers {
   bool upload(int64_t turn, TensorView seq_lens, TensorView req_to_token,
               TensorView req_pool_indices) {
     Buffer& buffer = at(turn);
-    const int32_t* words = static_cast<const int32_t*>(ring_.data_ptr()) + turn * ring_.size(1);
+    const int32_t* words = data_of<int32_t>(ring_) + turn * ring_.size(1);
     const int32_t count = words[pat::kHeaderWordCount], rows = words[pat::kHeaderRows];
     if (count < pat::kHeaderWords || count > words_.size(0) || rows < 0 || rows > filled_.size(0)) {
       TVM_FFI_THROW(ValueError) << "buffer " << turn
                                 << " of the ring holds no plan that fits: " << count << " words, "
                                 << rows << " rows";
     }
-    auto* plan = static_cast<int32_t*>(words_.data_ptr());
+    auto* plan = data_of<int32_t>(words_);
     pat::FillParams params = step_params(rows, seq_lens, req_to_token, req_pool_indices);
     params.runs = plan + words[pat::kHeaderOffRuns];
     params.reps = plan + words[pat::kHeaderOffReps];
@@ -381,12 +396,12 @@ class PlanBuffers {
                                 << new_slots.size(0);
     }
     const pat::AppendParams params{
-        .plan = static_cast<const int32_t*>(words_.data_ptr()),
-        .slots = static_cast<int32_t*>(slots_.data_ptr()),
-        .filled = static_cast<int32_t*>(filled_.data_ptr()),
-        .live_lens = static_cast<int32_t*>(live_lens_.data_ptr()),
-        .seq_lens = seq_lens.data_ptr(),
-        .new_slots = new_slots.data_ptr(),
+        .plan = data_of<int32_t>(words_),
+        .slots = data_of<int32_t>(slots_),
+        .filled = data_of<int32_t>(filled_),
+        .live_lens = data_of<int32_t>(live_lens_),
+        .seq_lens = data_of(seq_lens),
+        .new_slots = data_of(new_slots),
         .lens_are_64bit = lens_are_64bit,
         .slots_are_64bit = slots_are_64bit,
         .rows = static_cast<int32_t>(std::min(seq_lens.size(0), filled_.size(0))),
@@ -452,12 +467,12 @@ class PlanBuffers {
         .runs = nullptr,
         .reps = nullptr,
         .tails = nullptr,
-        .slots = static_cast<int32_t*>(slots_.data_ptr()),
-        .filled = static_cast<int32_t*>(filled_.data_ptr()),
-        .live_lens = static_cast<int32_t*>(live_lens_.data_ptr()),
-        .req_to_token = static_cast<const int32_t*>(req_to_token.data_ptr()),
-        .req_pool_indices = req_pool_indices.data_ptr(),
-        .seq_lens = seq_lens.data_ptr(),
+        .slots = data_of<int32_t>(slots_),
+        .filled = data_of<int32_t>(filled_),
+        .live_lens = data_of<int32_t>(live_lens_),
+        .req_to_token = data_of<int32_t>(req_to_token),
+        .req_pool_indices = data_of(req_pool_indices),
+        .seq_lens = data_of(seq_lens),
         .req_to_token_stride = req_to_token.stride(0),
         .indices_are_64bit = indices_are_64bit,
         .lens_are_64bit = lens_are_64bit,

@@ -215,7 +215,10 @@ new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 KINDS = {"bf16": (4, 16), "f16": (2, 16), "f32": (2, 32), "i32": (0, 32), "i64": (0, 64)}
 
 
-class CudaTensor:
+CPU, CUDA = 1, 2  # device types of dlpack.h
+
+
+class FakeTensor:
     """Says that it lies on a GPU, as DLPack: whatever looks at more than its description fails."""
 
     def __init__(
@@ -224,7 +227,9 @@ class CudaTensor:
         *shape: int,
         strides: tuple[int, ...] | None = None,
         address: int = 1 << 20,
+        byte_offset: int = 0,
         device: int = 0,
+        device_type: int = CUDA,
     ) -> None:
         if strides is None:
             inner = [*itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1)]
@@ -232,8 +237,9 @@ class CudaTensor:
         numbers = ctypes.c_int64 * len(shape)
         self.kept = numbers(*shape), numbers(*strides)
         code, bits = KINDS[kind]
-        pair = (ctypes.c_int32 * 2)(2, device)
-        self.struct = DLPack(address, pair, len(shape), code, bits, 1, *self.kept, 0, None, None)
+        pair = (ctypes.c_int32 * 2)(device_type, device)
+        described = len(shape), code, bits, 1, *self.kept
+        self.struct = DLPack(address, pair, *described, byte_offset, None, None)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return tuple(self.struct.device)
@@ -242,7 +248,7 @@ class CudaTensor:
         return new_capsule(ctypes.addressof(self.struct), b"dltensor", None)
 
 
-T = CudaTensor
+T = FakeTensor
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +326,7 @@ def test_good_tensors_pass(module: Any) -> None:
     append(module, req_to_token=T("i32", 8, 512, strides=(4096, 1)))
     append_one(module)
     append_one(module, new_slots=T("i32", 0))
+    decode(module, q=T("bf16", 0, 8, 128, address=8, byte_offset=24))  # what counts is the sum
     bind(module)[0](1)  # a buffer that nothing was uploaded from is free
 
 
@@ -333,6 +340,8 @@ def test_good_tensors_pass(module: Any) -> None:
         (decode, {"q": T("bf16", 0, 8, 128, strides=(2048, 256, 1))}, "q .* stride 1 is 256"),
         (decode, {"q": T("bf16", 0, 8, 128, strides=(1028, 128, 1))}, "q .*aligned.* 1028"),
         (decode, {"q": T("bf16", 0, 8, 128, address=8)}, "q must be 16-byte aligned"),
+        (decode, {"q": T("bf16", 0, 8, 128, byte_offset=8)}, "q must be 16-byte aligned"),
+        (decode, {"q": T("bf16", 4, 0, 128)}, r"q must have heads, got \[4, 0, 128\]"),
         (decode, {"out": T("bf16", 4, 8, 128)}, r"out must be shaped like q.*out \[4, 8, 128\]"),
         (decode, {"k_cache": T("f32", 64, 2, 128)}, "k_cache must be bfloat16, got float32"),
         (decode, {"k_cache": T("bf16", 64, 2, 128, device=1)}, "k_cache must be on cuda:0"),
@@ -340,9 +349,11 @@ def test_good_tensors_pass(module: Any) -> None:
         (decode, {"v_cache": T("bf16", 64, 2, 128, strides=(260, 128, 1))}, "v_cache .* 260"),
         (decode, {"v_cache": T("bf16", 64, 2, 128, strides=(256, 1, 2))}, "stride 2 is 2"),
         (decode, {"plan": T("i64", 100)}, "plan must be int32, got int64"),
+        (decode, {"plan": T("i32", 100, address=8)}, "plan must be 16-byte aligned"),
         (decode, {"slots": T("i32", 50, strides=(2,))}, "slots .* stride 0 is 2"),
         (decode, {"live_lens": T("i32", 4, 1)}, r"live_lens must have 1 dim.*\[4, 1\]"),
         (decode, {"partial_out": T("f32", 10, 4, 128)}, r"another geometry.*\[10, 4, 128\]"),
+        (decode, {"partial_out": T("f32", 10, 8, 128, address=8)}, "partial_out must be 16-byte"),
         (decode, {"partial_lse": T("f32", 9, 8)}, "another geometry"),
         (decode, {"counters": T("i32", 1)}, "counters is too short"),
         (bind, {"words": T("f32", 100)}, "words must be int32, got float32"),
@@ -378,6 +389,15 @@ def test_bad_tensors_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         function(module, **other)
+
+
+def test_data_begin_at_the_byte_offset(module: Any) -> None:
+    kept = torch.zeros(3, 100, dtype=torch.int32)
+    kept[1, layout.H_WORDS], kept[1, layout.H_ROWS] = 40, 5
+    address = {"address": kept.data_ptr(), "byte_offset": kept[1].nbytes}
+    ring = T("i32", 2, 100, **address, device_type=CPU)
+    with pytest.raises(ValueError, match=r"buffer 0 .* 40 words, 5 rows"):
+        bind(module, ring=ring)[1](0, *STEP.values())
 
 
 def test_host_tensors_are_refused(module: Any) -> None:
