@@ -690,7 +690,8 @@ def choose_split(
 
 def horizon_of(lens: list[int]) -> int:
     """Tokens a row may grow before a new plan: small beside the shortest row, so that a plan stays
-    within a few percent of a fresh one, large enough that planning is rare."""
+    within a few percent of a fresh one (scripts/gpu_growth_check.py), large enough that planning is
+    rare."""
     return min(64 + min(lens, default=0) // 32, MAX_HORIZON)
 
 
