@@ -24,6 +24,7 @@ Packs are ordered: shared packs (plain or chain) by segment, then tail packs by 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -31,12 +32,13 @@ from typing import NamedTuple
 from .cost import ALL_TILES, FRAGMENT_ROWS, ITEM_WARPS, TILES, CostModel, tiles_of
 from .forest import SegmentTree
 
-MAX_INHERIT = 4  # how many levels of a tree one pack may span, beyond its own
+MAX_INHERIT = 4  # how many stops of a tree one pack may span, beyond its own segment
 MAX_CHAIN_DEPTH = 4  # levels of segments a chain may have below its shared run
 MAX_CHAIN_GROUP = 64  # query heads per KV head beyond which there are no chains
 MIN_CHUNK = 64  # tokens: no run is cut finer, and every cut is a multiple of CHUNK_ALIGN
 CHUNK_ALIGN = 64
 PART_SCALES = (1, 4, 16, 64)  # price of partials, raised until a plan fits the workspace
+STRIDE_FACTOR = 4  # how much farther apart stops are placed when no price is enough (2: slower)
 WALL_EIGHTHS = (0, 16, 12, 8, 6, 4, 2, 1)  # tried limits of an item's solo time, 1/8 of the mean
 NO_LIMIT = 1 << 100  # ps; eighths 0
 PIECES_PER_SM = (2, 2, 1)  # work items of each tile that an SM computes side by side
@@ -348,23 +350,30 @@ class _Pricer:
         return below
 
 
-def choose_packs(tree: SegmentTree, pricer: _Pricer, forced: bool = False) -> list[Pack]:
+def choose_packs(
+    tree: SegmentTree, pricer: _Pricer, forced: bool = False, stride: int = 1
+) -> list[Pack]:
     """Packs of least additive cost: for every segment, which children take its run along.
 
-    ``cost[u][j]`` is the least cost of everything below and including segment u when its pack
-    starts at the j-th segment above it (0: at itself). Either u starts a chain, which takes all
-    rows below u; or the pack is a plain one: a child that *merges* then extends its own pack
-    (or tail) upwards and leaves the pack of its parent; children are taken in the order of what
-    merging costs a row, and the best number of them is kept. A plain pack wins a tie. ``forced``:
-    no row takes a shared run into its tail, whatever it costs.
+    The segments of every ``stride``-th level are *stops*: a pack starts at its own segment or at
+    one of the nearest ``MAX_INHERIT`` stops above it. ``cost[u][j]`` is the least cost of
+    everything below and including segment u when its pack starts at the j-th of them (0: at u
+    itself). Either u starts a chain, which takes all rows below u; or the pack is a plain one: a
+    child that *merges* then extends its own pack (or tail) upwards and leaves the pack of its
+    parent; children are taken in the order of what merging costs a row, and the best number of
+    them is kept. A plain pack wins a tie. ``forced``: no row takes a shared run into its tail,
+    whatever it costs.
 
     Returns:
         Shared packs by segment, then the tails of the rows outside chains.
     """
     segments = tree.segments
     starts: list[list[int]] = []
+    is_stop = [depth % stride == 0 for depth in _depths(tree)]
     for segment in segments:
-        above = starts[segment.parent][:MAX_INHERIT] if segment.parent >= 0 else []
+        above: list[int] = []
+        if (above_u := segment.parent) >= 0:
+            above = starts[above_u][0 if is_stop[above_u] else 1 :][:MAX_INHERIT]
         starts.append([segment.begin, *above])
     depth_below = [0] * len(segments)  # levels of segments
     for u in range(len(segments) - 1, 0, -1):
@@ -379,14 +388,15 @@ def choose_packs(tree: SegmentTree, pricer: _Pricer, forced: bool = False) -> li
     for u in range(len(segments) - 1, -1, -1):
         segment = segments[u]
         for j, start in enumerate(starts[u]):
+            below_j = j + is_stop[u]  # which of a child's starts this is, 0: none
             tokens = segment.end - start
             total = 0
             # (extra cost a row, kind, index, extra cost, rows): ties go to segments, then by index
             options: list[tuple[int, int, int, int, int]] = []
             for v in segment.child_segments:
                 total += cost[v][0]
-                if j + 1 < len(starts[v]):
-                    extra = cost[v][j + 1] - cost[v][0]
+                if 0 < below_j < len(starts[v]):
+                    extra = cost[v][below_j] - cost[v][0]
                     rows = segments[v].num_rows
                     options.append((extra // rows, 0, v, extra, rows))
             for row in segment.own_rows:
@@ -421,7 +431,7 @@ def choose_packs(tree: SegmentTree, pricer: _Pricer, forced: bool = False) -> li
     chain_of = [-1] * len(segments)  # segment whose chain takes this one along
     for v, segment in enumerate(segments):
         u = segment.parent
-        level[v] = level[u] + 1 if u >= 0 and merges_segment[v][level[u]] else 0
+        level[v] = level[u] + is_stop[u] if u >= 0 and merges_segment[v][level[u]] else 0
         chain_of[v] = chain_of[u] if u >= 0 else -1
         if chain_of[v] < 0 and is_chain[v][level[v]]:
             chain_of[v] = v
@@ -453,6 +463,14 @@ def choose_packs(tree: SegmentTree, pricer: _Pricer, forced: bool = False) -> li
             start = starts[u][level[u]]
             packs.append(Pack(tuple(rows_of_u), start, segments[u].end, u, is_chain=is_one))
     return packs + tail_packs
+
+
+def _depths(tree: SegmentTree) -> list[int]:
+    """Levels of segments above each segment."""
+    depths: list[int] = []
+    for segment in tree.segments:
+        depths.append(depths[segment.parent] + 1 if segment.parent >= 0 else 0)
+    return depths
 
 
 def _depth_first(tree: SegmentTree, u: int) -> list[int]:
@@ -700,9 +718,10 @@ def _shared_split(
     shape: Shape,
     model: CostModel,
     search: Search,
+    stride: int,
     part_scale: int,
 ) -> tuple[int, _Split] | None:
-    """Best plan that shares, with packs chosen under one price of partials.
+    """Best plan that shares, with packs chosen under one stride and one price of partials.
 
     The cost by which packs are chosen is a sum, blind to how evenly their items load the GPU, and
     chains are the coarser ones: where they were chosen, a plan without any is tried as well.
@@ -711,13 +730,27 @@ def _shared_split(
     true_pricer, horizon = _Pricer(shape, model, search, 1), horizon_of(tree.lens)
     best: tuple[int, _Split] | None = None
     for tried in (search, replace(search, chains=False)):
-        packs = choose_packs(tree, _Pricer(shape, model, tried, part_scale), forced)
+        packs = choose_packs(tree, _Pricer(shape, model, tried, part_scale), forced, stride)
         found = choose_split(tree, packs, shape, true_pricer, search.wall_eighths, horizon)
         if found is not None and (best is None or found[0] < best[0]):
             best = found
         if not (search.without_chains and any(pack.is_chain for pack in packs)):
             break
     return best
+
+
+def _prices(num_levels: int) -> Iterator[tuple[int, int]]:
+    """(stride, price of partials) to be tried until a plan fits the workspace.
+
+    A pack spans few stops, so that a row of a deep tree has many partials whatever they cost: then
+    stops are placed farther apart. A partial is worth more where packs are longer, so that its
+    price is raised as much. The last stride leaves only the roots as stops.
+    """
+    stride = 1
+    while stride < STRIDE_FACTOR * num_levels:
+        for scale in PART_SCALES:
+            yield stride, stride * scale
+        stride *= STRIDE_FACTOR
 
 
 def pack_rows(
@@ -739,8 +772,8 @@ def pack_rows(
     chosen: tuple[int, _Split] | None = None
     coarsened, sharing = 0, False
     if shape.sharing != "off" and tree.segments:
-        for part_scale in PART_SCALES:
-            chosen = _shared_split(tree, shape, model, search, part_scale)
+        for stride, part_scale in _prices(max(_depths(tree)) + 1):
+            chosen = _shared_split(tree, shape, model, search, stride, part_scale)
             if chosen is not None:
                 sharing = True
                 break

@@ -45,7 +45,7 @@ class PlanStats:
     chains: int  # work items per KV head that read private runs too
     partial_slots: int
     splits: int
-    coarsened: int
+    coarsened: int  # choices of packs that did not fit the workspace
     sharing: bool
     slots_compared: bool  # sharing nobody told of had to be found to make the batch fit
     predicted_us: float

@@ -127,6 +127,35 @@ def test_predicted_time_is_that_of_the_items(data: st.DataObject) -> None:
     assert packing.predicted_ps == predicted_ps(words_of(batch, setup), batch, setup)
 
 
+@pytest.mark.parametrize("block", [8, 16])
+def test_deep_comb_with_few_partials_is_shared(block: int) -> None:
+    # One row ends at each of the 64 levels of a chain. The yardstick is made by hand: a pack for
+    # each `block` levels of all rows that have them, the levels below are the row's own.
+    levels, tokens, tail = 64, 256, 10
+    lens = [tokens * depth + tail for depth in range(1, levels + 1)]
+    batch = make_batch(list(range(-1, levels - 1)), [tokens] * levels, list(range(levels)), lens)
+    by_hand = levels * tail
+    max_parts = 0
+    for depth in range(1, levels + 1):
+        packs, own = divmod(depth, block)
+        max_parts += packs + 1 if packs else 0
+        by_hand += own * tokens
+    for end in range(block, levels + 1, block):
+        rows = levels + 1 - end  # at 4 query heads a row, 32 fill the largest tile
+        by_hand += -(-rows // 32) * block * tokens
+
+    setup = generous(batch, group=4, model=H100)
+    setup = replace(setup, shape=replace(setup.shape, max_parts=max_parts))
+    words = words_of(batch, setup)
+    check_plan(words, batch, 4)
+    check_plan(words, batch, 4, batch.host_lens + 7)
+    assert words[layout.H_SHARING]
+    assert words[layout.H_COARSENED] >= 4, "packs of five levels fit: this tests nothing"
+    assert words[layout.H_PARTS] <= max_parts
+    assert words[layout.H_PLANNED_TOKENS] <= 1.5 * by_hand
+    assert 1.5 * by_hand < sum(lens) / 2
+
+
 @settings(max_examples=200)
 @given(st.data())
 def test_search_narrows_the_plan(data: st.DataObject) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import CHAINY
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from plan_oracle import check_plan
 from strategies import (
@@ -85,6 +86,19 @@ def test_equals_oracle_on_large_batches(data: st.DataObject) -> None:
         check(batch, setup, growth=30)
     else:
         np.testing.assert_array_equal(native_words(batch, setup), oracle_words(batch, setup))
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_equals_oracle_on_deep_trees_with_few_partials(data: st.DataObject) -> None:
+    batch = data.draw(batches(max_nodes=40, max_rows=24, deep=True))
+    setup = data.draw(setups(batch))
+    parts = min(data.draw(st.integers(0, 4 * batch.rows)), setup.shape.max_parts)
+    few = replace(setup, shape=replace(setup.shape, max_parts=parts))
+    words = native_words(batch, few)
+    event(f"coarsened {words[layout.H_COARSENED]}, sharing {bool(words[layout.H_SHARING])}")
+    assert words[layout.H_PARTS] <= parts
+    check(batch, few, growth=30)
 
 
 @pytest.mark.parametrize("model", [H100, CHAINY], ids=["h100", "chainy"])
@@ -308,6 +322,7 @@ def test_packing_constants_are_the_same_in_both_languages() -> None:
     assert found["MinChunk"] == packing.MIN_CHUNK
     assert found["ChunkAlign"] == packing.CHUNK_ALIGN
     assert found["MaxHorizon"] == packing.MAX_HORIZON
+    assert found["StrideFactor"] == packing.STRIDE_FACTOR
     text = "".join(path.read_text() for path in files)
     lists = dict(re.findall(r"constexpr int\w* k(\w+)\[\] = \{(.*)\};", text))
     assert tuple(map(int, lists["PiecesPerSm"].split(","))) == packing.PIECES_PER_SM

@@ -10,6 +10,7 @@ namespace pat {
 namespace {
 
 constexpr int64_t kPartScales[] = {1, 4, 16, 64};
+constexpr int32_t kStrideFactor = 4;
 
 // Python's a // b for b > 0.
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
@@ -38,8 +39,6 @@ void Packer::link(const SegmentTree& tree) {
   next_sibling_.fit(n);
   own_rows_.fill(n, 0);
   own_tokens_.fill(n, 0);
-  num_levels_.fit(n);
-  starts_.fit(n * kNumLevels);
   for (int32_t u = n - 1; u >= 0; --u) {
     const int32_t above = tree[u].parent;
     if (above < 0) continue;
@@ -52,19 +51,36 @@ void Packer::link(const SegmentTree& tree) {
     ++own_rows_[home];
     own_tokens_[home] += tree.lens()[row] - tree[home].end;
   }
+  if (shape_.group_size <= kMaxChainGroup) price_steps(tree);
+}
+
+// Where the pack of each segment may start: there, or at one of the nearest stops above. Returns the
+// number of levels of the tree.
+int32_t Packer::place_starts(const SegmentTree& tree, int32_t stride) {
+  const int32_t n = tree.size();
+  depth_.fit(n);
+  is_stop_.fit(n);
+  num_levels_.fit(n);
+  starts_.fit(n * kNumLevels);
+  int32_t deepest = 0;
   for (int32_t u = 0; u < n; ++u) {
     const int32_t above = tree[u].parent;
-    int32_t levels = 1;
+    int32_t depth = 0, levels = 1;
     starts_[u * kNumLevels] = tree[u].begin;
     if (above >= 0) {
-      levels += std::min(num_levels_[above], kMaxInherit);
+      depth = depth_[above] + 1;
+      const int32_t step = is_stop_[above];
+      levels = std::min(num_levels_[above] + step, kNumLevels);
       for (int32_t j = 1; j < levels; ++j) {
-        starts_[u * kNumLevels + j] = starts_[above * kNumLevels + j - 1];
+        starts_[u * kNumLevels + j] = starts_[above * kNumLevels + j - step];
       }
     }
+    depth_[u] = depth;
+    is_stop_[u] = depth % stride == 0;
     num_levels_[u] = levels;
+    deepest = std::max(deepest, depth);
   }
-  if (shape_.group_size <= kMaxChainGroup) price_steps(tree);
+  return deepest + 1;
 }
 
 // What the steps of a chain cost, and how many levels of segments they have.
@@ -120,9 +136,10 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced,
       const int64_t own_extra = tokens * one.token_ps - (start > 0 ? 0 : part_ps);
 
       int32_t num_options = 0;
-      if (j + 1 < kNumLevels) {
+      const int32_t below = j + is_stop_[u];  // level of a child that merges
+      if (below > 0 && below < kNumLevels) {
         for (int32_t v = first_child_[u]; v >= 0; v = next_sibling_[v]) {
-          const int64_t extra = cost_[v * kNumLevels + j + 1] - cost_[v * kNumLevels];
+          const int64_t extra = cost_[v * kNumLevels + below] - cost_[v * kNumLevels];
           options[num_options++] = {floor_div(extra, tree[v].num_rows), extra, v, tree[v].num_rows};
         }
         if (num_options > 1) {
@@ -198,21 +215,26 @@ void Packer::choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced,
   }
 }
 
-// Top-down: where each segment's pack starts, then which packs each row is in.
-void Packer::choose_packs(const SegmentTree& tree) {
+// Top-down: where each segment's pack starts, then which packs each row is in. false: the workspace
+// does not hold the partials even if nothing is cut; packing_ is of no use then.
+bool Packer::choose_packs(const SegmentTree& tree) {
   const int32_t n = tree.size(), num_rows = tree.num_rows();
   level_.fit(n);
   pack_above_.fit(n);
   chain_of_.fit(n);
+  packing_.num_chains = 0;
   for (int32_t v = 0; v < n; ++v) {
     const int32_t above = tree[v].parent;
     const bool merges = above >= 0 && (merges_[v] >> level_[above] & 1);
-    level_[v] = merges ? level_[above] + 1 : 0;
+    level_[v] = merges ? level_[above] + is_stop_[above] : 0;
     // Rows in the pack of v, or merged at v, are next in the pack of the nearest segment above
     // whose run v's pack does not take along.
     pack_above_[v] = merges ? pack_above_[above] : above;
     chain_of_[v] = above >= 0 ? chain_of_[above] : -1;
-    if (chain_of_[v] < 0 && (starts_chain_[v] >> level_[v] & 1)) chain_of_[v] = v;
+    if (chain_of_[v] < 0 && (starts_chain_[v] >> level_[v] & 1)) {
+      chain_of_[v] = v;
+      ++packing_.num_chains;
+    }
   }
 
   // Within a chain nothing merges: all rows flow through its segments to the one that starts it.
@@ -226,7 +248,9 @@ void Packer::choose_packs(const SegmentTree& tree) {
   }
   SharedPack* shared = packing_.shared.fit(n);
   int32_t num_entries = 0;
-  packing_.num_shared = packing_.num_chains = 0;
+  int64_t num_parts = 0;
+  int32_t num_chains = 0;
+  packing_.num_shared = 0;
   for (int32_t u = 0; u < n; ++u) {
     const int32_t above = tree[u].parent;
     const bool in_chain = chain_of_[u] >= 0;
@@ -235,12 +259,15 @@ void Packer::choose_packs(const SegmentTree& tree) {
       next_own_[above] += tree[u].num_rows;
       continue;
     }
+    const int32_t start = starts_[u * kNumLevels + level_[u]];
     const int32_t rows = inflow_[u] + own_rows_[u] - merged_at(u);
+    if (!in_chain) num_parts += own_rows_[u] - (start > 0 ? 0 : merged_at(u));  // of the tails
+    if (!in_chain || start > 0) num_parts += rows;
+    if (num_parts > shape_.max_parts) return false;
     if (rows == 0) continue;
     pack_at_[u] = packing_.num_shared;
-    shared[packing_.num_shared++] = {u,           starts_[u * kNumLevels + level_[u]],
-                                     tree[u].end, num_entries,
-                                     rows,        in_chain ? packing_.num_chains++ : -1};
+    shared[packing_.num_shared++] = {u,           start, tree[u].end,
+                                     num_entries, rows,  in_chain ? num_chains++ : -1};
     next_own_[u] = num_entries;
     num_entries += rows;
   }
@@ -269,6 +296,7 @@ void Packer::choose_packs(const SegmentTree& tree) {
     for (; u >= 0; u = pack_above_[u]) rows[cursor[pack_at_[u]]++] = row;
   }
   if (packing_.num_chains > 0) collect_pieces(tree, num_entries);
+  return true;
 }
 
 // The segments below the shared run of every chain and the tails of its rows, by first row. Of the
@@ -311,19 +339,32 @@ std::optional<Split> Packer::choose_shared(const SegmentTree& tree, int64_t part
   const int64_t part_ps = model_.part_ps * part_scale * shape_.group_size;
   const bool forced = shape_.sharing == Sharing::kOn && part_scale == 1;
   choose_costs(tree, part_ps, forced, true);
-  choose_packs(tree);
-  const auto chains = splitter_.choose(tree, packing_, true, INT64_MAX);
+  std::optional<Split> chains, plain;
+  if (choose_packs(tree)) chains = splitter_.choose(tree, packing_, true, INT64_MAX);
   if (packing_.num_chains == 0) return chains;
   std::swap(packing_, with_chains_);
   packing_.horizon = with_chains_.horizon;
   packing_.coarsened = with_chains_.coarsened;
   choose_costs(tree, part_ps, forced, false);
-  choose_packs(tree);
-  const auto plain =
-      splitter_.choose(tree, packing_, true, chains ? chains->predicted_ps : INT64_MAX);
+  if (choose_packs(tree)) {
+    plain = splitter_.choose(tree, packing_, true, chains ? chains->predicted_ps : INT64_MAX);
+  }
   if (plain && (!chains || plain->predicted_ps < chains->predicted_ps)) return plain;
   std::swap(packing_, with_chains_);
   return chains;
+}
+
+// The best plan that shares under the first stride and price of partials under which one fits.
+std::optional<Split> Packer::choose_fitting(const SegmentTree& tree) {
+  int32_t num_depths = 1;
+  for (int32_t stride = 1; stride < kStrideFactor * num_depths; stride *= kStrideFactor) {
+    num_depths = place_starts(tree, stride);
+    for (const int64_t scale : kPartScales) {
+      if (const auto chosen = choose_shared(tree, stride * scale)) return chosen;
+      ++packing_.coarsened;
+    }
+  }
+  return std::nullopt;
 }
 
 const Packing& Packer::pack(const SegmentTree& tree) {
@@ -335,11 +376,7 @@ const Packing& Packer::pack(const SegmentTree& tree) {
   std::optional<Split> chosen;
   if (shape_.sharing != Sharing::kOff && tree.size() > 0) {
     link(tree);
-    for (const int64_t scale : kPartScales) {
-      chosen = choose_shared(tree, scale);
-      if (chosen) break;
-      ++packing_.coarsened;
-    }
+    chosen = choose_fitting(tree);
   }
   packing_.sharing = chosen.has_value();
   if (shape_.sharing != Sharing::kOn || !chosen) {

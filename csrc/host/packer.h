@@ -14,7 +14,7 @@
 
 namespace pat {
 
-inline constexpr int32_t kMaxInherit = 4;  // levels one pack may span beyond its own
+inline constexpr int32_t kMaxInherit = 4;  // stops one pack may span beyond its own segment
 inline constexpr int32_t kNumLevels = kMaxInherit + 1;
 inline constexpr int32_t kMaxChainDepth = 4;   // levels of segments below the run a chain shares
 inline constexpr int32_t kMaxChainGroup = 64;  // query heads per KV head beyond which none is made
@@ -41,10 +41,12 @@ class Packer {
   };
 
   void link(const SegmentTree& tree);
+  int32_t place_starts(const SegmentTree& tree, int32_t stride);
   void price_steps(const SegmentTree& tree);
+  std::optional<Split> choose_fitting(const SegmentTree& tree);
   std::optional<Split> choose_shared(const SegmentTree& tree, int64_t part_scale);
   void choose_costs(const SegmentTree& tree, int64_t part_ps, bool forced, bool chains);
-  void choose_packs(const SegmentTree& tree);
+  bool choose_packs(const SegmentTree& tree);
   void collect_pieces(const SegmentTree& tree, int32_t num_entries);
 
   Shape shape_;
@@ -54,8 +56,10 @@ class Packer {
   Packing packing_;
   Packing with_chains_;  // put aside while packing_ is tried without
 
-  // By segment. Levels: how many segments further up the pack may start.
+  // By segment. Levels: how many stops further up the pack starts.
   Scratch<int32_t> first_child_, next_sibling_, own_rows_, num_levels_, level_;
+  Scratch<int32_t> depth_;              // levels of segments above
+  Scratch<uint8_t> is_stop_;            // packs of segments below may start here
   Scratch<int64_t> own_tokens_;         // tail tokens of the own rows
   Scratch<int32_t> starts_;             // [segments, kNumLevels]
   Scratch<int64_t> cost_;               // [segments, kNumLevels]
