@@ -102,8 +102,9 @@ def post(url: str, path: str, **body: Any) -> Any:
     return reply
 
 
-def body_of(samples: int = 1, **options: Any) -> dict[str, Any]:
-    sampling = [{**greedy(count), "n": samples} for count in NEW_TOKENS]
+def body_of(samples: int = 1, times: int = 1, **options: Any) -> dict[str, Any]:
+    """All prompts, for ``times`` as many tokens as usual."""
+    sampling = [{**greedy(times * count), "n": samples} for count in NEW_TOKENS]
     return {"text": PROMPTS, "sampling_params": sampling, "return_logprob": True, **options}
 
 
@@ -114,11 +115,13 @@ def generate(url: str, **options: Any) -> list[Answer]:
     return list(map(answer_of, replies))
 
 
-def stream(url: str, midway: Callable[[], Any] = lambda: None) -> list[dict[str, Any]]:
+def stream(
+    url: str, midway: Callable[[], Any] = lambda: None, **options: Any
+) -> list[dict[str, Any]]:
     """The last reply to each prompt; ``midway`` is called once, when all are being decoded."""
     last: dict[int, dict[str, Any]] = {}
     called = False
-    body = body_of(stream=True)
+    body = body_of(stream=True, **options)
     with requests.post(f"{url}/generate", json=body, timeout=ANSWER_S, stream=True) as lines:
         for line in lines.iter_lines():
             if not line.startswith(b"data: {"):
@@ -244,9 +247,14 @@ def test_paused_by_aborting(servers: Servers, plain: list[Answer]) -> None:
         def midway() -> None:
             post(url, "pause_generation", mode="abort")
 
-        for reply in stream(url, midway):
-            assert reply["meta_info"]["finish_reason"]["type"] == "abort"
-        post(url, "continue_generation", torch_empty_cache=False)
+        try:  # more tokens than a slow client could miss
+            ends = [
+                reply["meta_info"]["finish_reason"]["type"]
+                for reply in stream(url, midway, times=8)
+            ]
+        finally:
+            post(url, "continue_generation", torch_empty_cache=False)
+        assert ends == ["abort"] * len(PROMPTS)
         return generate(url)
 
     assert_equal(compare(servers, play), plain)
