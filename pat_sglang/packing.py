@@ -38,6 +38,7 @@ MAX_CHAIN_GROUP = 64  # query heads per KV head beyond which there are no chains
 MIN_CHUNK = 64  # tokens: no run is cut finer, and every cut is a multiple of CHUNK_ALIGN
 CHUNK_ALIGN = 64
 PART_SCALES = (1, 4, 16, 64)  # price of partials, raised until a plan fits the workspace
+MAX_PART_SCALE = 16_384  # beyond it no run is worth a partial, and sums would pass 64 bits
 STRIDE_FACTOR = 4  # how much farther apart stops are placed when no price is enough (2: slower)
 WALL_EIGHTHS = (0, 16, 12, 8, 6, 4, 2, 1)  # tried limits of an item's solo time, 1/8 of the mean
 NO_LIMIT = 1 << 100  # ps; eighths 0
@@ -749,7 +750,10 @@ def _prices(num_levels: int) -> Iterator[tuple[int, int]]:
     stride = 1
     while stride < STRIDE_FACTOR * num_levels:
         for scale in PART_SCALES:
-            yield stride, stride * scale
+            price = min(stride * scale, MAX_PART_SCALE)
+            yield stride, price
+            if price == MAX_PART_SCALE:
+                break
         stride *= STRIDE_FACTOR
 
 

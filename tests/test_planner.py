@@ -101,6 +101,26 @@ def test_equals_oracle_on_deep_trees_with_few_partials(data: st.DataObject) -> N
     check(batch, few, growth=30)
 
 
+@pytest.mark.parametrize("sharing", ["auto", "on"])
+def test_high_prices_of_partials_fit_64_bits(sharing: str) -> None:
+    # Python's numbers have no end. No partial fits and there are no chains, so that prices rise
+    # until every row reads its whole path by itself.
+    levels, group = 600, packing.MAX_CHAIN_GROUP + 1
+    lens = [9 * depth for depth in range(1, levels + 1)]
+    batch = make_batch(list(range(-1, levels - 1)), [9] * levels, list(range(levels)), lens)
+    model = replace(H100, part_ps=2**24 - 1)
+    capacity = capacity_for(levels, sum(lens) + levels, 0, group, MAX_HORIZON)
+    setup = Setup(Shape(group, 1, 0, capacity.items, sharing), model, capacity)
+    words = native_words(batch, setup)
+    assert words[layout.H_COARSENED] >= 16 and words[layout.H_PARTS] == 0
+    np.testing.assert_array_equal(words, oracle_words(batch, setup))
+
+
+def test_price_of_partials_beyond_what_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"part_ps = 16777216 is out of range \[1, 2\^24\)"):
+        HostPlanner(Shape(2, 1, 8, 8), replace(H100, part_ps=2**24), SMALL)
+
+
 @pytest.mark.parametrize("model", [H100, CHAINY], ids=["h100", "chainy"])
 @pytest.mark.parametrize("kind", ["tree", "chain", "star", "levels"])
 def test_large_plan_is_right(kind: str, model: CostModel) -> None:
@@ -323,6 +343,7 @@ def test_packing_constants_are_the_same_in_both_languages() -> None:
     assert found["ChunkAlign"] == packing.CHUNK_ALIGN
     assert found["MaxHorizon"] == packing.MAX_HORIZON
     assert found["StrideFactor"] == packing.STRIDE_FACTOR
+    assert found["MaxPartScale"] == packing.MAX_PART_SCALE
     text = "".join(path.read_text() for path in files)
     lists = dict(re.findall(r"constexpr int\w* k(\w+)\[\] = \{(.*)\};", text))
     assert tuple(map(int, lists["PiecesPerSm"].split(","))) == packing.PIECES_PER_SM

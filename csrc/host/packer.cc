@@ -10,6 +10,7 @@ namespace pat {
 namespace {
 
 constexpr int64_t kPartScales[] = {1, 4, 16, 64};
+constexpr int64_t kMaxPartScale = 16384;
 constexpr int32_t kStrideFactor = 4;
 
 // Python's a // b for b > 0.
@@ -360,8 +361,10 @@ std::optional<Split> Packer::choose_fitting(const SegmentTree& tree) {
   for (int32_t stride = 1; stride < kStrideFactor * num_depths; stride *= kStrideFactor) {
     num_depths = place_starts(tree, stride);
     for (const int64_t scale : kPartScales) {
-      if (const auto chosen = choose_shared(tree, stride * scale)) return chosen;
+      const int64_t price = std::min(stride * scale, kMaxPartScale);
+      if (const auto chosen = choose_shared(tree, price)) return chosen;
       ++packing_.coarsened;
+      if (price == kMaxPartScale) break;
     }
   }
   return std::nullopt;

@@ -14,17 +14,17 @@ constexpr int64_t kWordMax = INT32_MAX;
 int64_t align(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 void check(const Shape& shape, const CostModel& model, const Capacity& capacity) {
-  const auto positive = [](const char* name, int64_t value) {
-    // Below 2^31, products of prices, rows and lengths stay far from the end of 64 bits.
-    if (value < 1 || value > kWordMax) {
+  // Below 2^31, products of prices, rows and lengths stay far from the end of 64 bits.
+  const auto positive = [](const char* name, int64_t value, int bits = 31) {
+    if (value < 1 || value >> bits != 0) {
       throw std::invalid_argument(std::string(name) + " = " + std::to_string(value) +
-                                  " is out of range [1, 2^31)");
+                                  " is out of range [1, 2^" + std::to_string(bits) + ")");
     }
   };
   positive("group_size", shape.group_size);
   positive("num_kv_heads", shape.num_kv_heads);
   positive("num_sms", model.num_sms);
-  positive("part_ps", model.part_ps);
+  positive("part_ps", model.part_ps, 24);  // where nothing fits it is raised up to 2^14 times
   positive("step_ps", model.step_ps);
   positive("private_token_ps", model.private_token_ps);
   for (int32_t k = 0; k < kNumTiles; ++k) {
