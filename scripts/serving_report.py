@@ -101,8 +101,9 @@ def losses(
             loss = 1 / ratio[column] - 1
         if loss > share:
             noise = spread(peer, column)
-            text = f"{column} {loss:.1%} worse, {name} against itself {noise:.1%}"
-            (failed if loss > noise else undecided).append(text)  # of one round nothing is known
+            known = "unknown: one round" if math.isnan(noise) else f"{noise:.1%}"
+            text = f"{column} {loss:.1%} worse, {name} against itself {known}"
+            (failed if loss > noise else undecided).append(text)
     return failed, undecided
 
 
@@ -115,20 +116,27 @@ def report(rows: Sequence[Row]) -> str:
             columns = measured(of)
             if all(row.get("server_step_ms") for row in of):
                 columns.append("server_step_ms")
-            text = "  ".join(f"{c} {median(of, c):.2f} ({spread(of, c):.1%})" for c in columns)
+            text = "  ".join(f"{c} {median(of, c):.2f}{_noise(of, c)}" for c in columns)
             lines.append(f"  {name:16}{text}  {len(of)} rounds{_plans(of[-1])}")
         for name, of in backends.items():
             mine, peer = paired(backends.get("pat", []), of)
             if name == "pat" or not mine:
                 continue
             failed, undecided = losses(load_of(of[0]), mine, peer, name)
-            words = "; ".join(failed) or "holds"
+            words = list(failed)
+            if not failed and not undecided:
+                asked = name == "fa3" or mine[0]["shared"]
+                words.append("holds" if asked else "nothing is asked of it")
             if missing := [c for c in COLUMNS if c not in measured([*mine, *peer])]:
-                words += f"; not measured: {', '.join(missing)}"
+                words.append(f"not measured: {', '.join(missing)}")
             if undecided:
-                words += "; not decided: " + "; ".join(undecided)
-            lines.append(f"    against {name}: {_gain(mine, peer)}; {words}")
+                words.append("not decided: " + ", ".join(undecided))
+            lines.append(f"    against {name}: {_gain(mine, peer)}; {'; '.join(words)}")
     return "medians over rounds (largest - smallest, relative)\n" + "\n".join(lines)
+
+
+def _noise(rows: Sequence[Row], column: str) -> str:
+    return f" ({spread(rows, column):.1%})" if len(rows) > 1 else ""
 
 
 def _gain(mine: Sequence[Row], peer: Sequence[Row]) -> str:
