@@ -65,14 +65,21 @@ def kernel_figure(rows: Sequence[Row]) -> Any:
     return figure
 
 
+def _cell(row: Row) -> tuple[str, ...]:
+    return row["workload"], row["model"], row["rivals"], row["commit"], row["server_arguments"]
+
+
 def serving_figure(rows: Sequence[Row]) -> Any:
-    """Mean TPOT (left) and P99 TPOT (right) against the request rate, one row a workload."""
+    """Mean TPOT (left) and P99 TPOT (right) against the request rate.
+
+    One row a workload and set of servers that were measured together.
+    """
     rows = [r for r in rows if r["request_rate"] is not None and "p99_tpot_ms" in r]
-    cells = sorted({(r["model"], r["workload"]) for r in rows})
+    cells = sorted({_cell(r) for r in rows})
     size = max(len(cells), 1)
     figure, panels = plt.subplots(size, 2, figsize=(10, 3.5 * size), squeeze=False)
-    for (model, workload), pair in zip(cells, panels, strict=False):
-        here = [r for r in rows if (r["model"], r["workload"]) == (model, workload)]
+    for cell, pair in zip(cells, panels, strict=False):
+        here = [r for r in rows if _cell(r) == cell]
         for panel, column, name in zip(
             pair, ("mean_tpot_ms", "p99_tpot_ms"), ("mean", "P99"), strict=True
         ):
@@ -86,7 +93,7 @@ def serving_figure(rows: Sequence[Row]) -> Any:
                 if rates:
                     panel.plot(rates, middle, "o-", label=label, color=colour)
             panel.set(xlabel="requests a second", ylabel=f"{name} TPOT, ms", ylim=(0, None))
-            panel.set_title(f"{workload}, {model}", fontsize="medium")
+            panel.set_title(", ".join(cell[:2]), fontsize="medium")
             panel.legend(fontsize="small")
     return figure
 

@@ -187,11 +187,15 @@ def test_figures_show_what_was_measured(tmp_path: Path) -> None:
     assert [len(panel.patches) for panel in figure.axes] == [2] * len(plot.HEADS)
     served = [
         {"model": "m", "workload": "w", "request_rate": rate, "backend": backend,
-         "mean_tpot_ms": 5.0 * n, "p99_tpot_ms": 9.0 * n}
+         "mean_tpot_ms": 5.0 * n, "p99_tpot_ms": 9.0 * n, "rivals": f"{peer}+pat", "commit": "c",
+         "server_arguments": ""}
         for rate in (8.0, 4.0)
-        for backend in ("pat", "fa3")
-        for n in (1, 2, 3)
+        for peer, times in (("fa3", (1, 2, 3)), ("flashinfer", (7,)))
+        for backend in ("pat", peer)
+        for n in times
     ]  # fmt: skip
-    mean, _ = plot.serving_figure(served).axes
+    mean, _, other, _ = plot.serving_figure(served).axes
     assert [line.get_label() for line in mean.lines] == ["PAT", "FA3"]
     assert mean.lines[0].get_xydata().tolist() == [[4.0, 10.0], [8.0, 10.0]]
+    assert [line.get_label() for line in other.lines] == ["PAT", "FlashInfer"]
+    assert other.lines[0].get_xydata().tolist() == [[4.0, 35.0], [8.0, 35.0]]
