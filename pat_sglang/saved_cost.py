@@ -72,8 +72,9 @@ def _read(path: Path, num_sms: int, version: str) -> CostModel:
         numbers = saved[name] if isinstance(like, tuple) else [saved[name]]
         count = len(like) if isinstance(like, tuple) else 1
         fits = isinstance(numbers, list) and len(numbers) == count
-        if not fits or not all(type(n) is int and n > 0 for n in numbers):
-            raise ValueError(f"{name} is not {count} positive integers")
+        end = 1 << (24 if name == "part_ps" else 31)  # as csrc/host/planner.cc checks
+        if not fits or not all(type(n) is int and 0 < n < end for n in numbers):
+            raise ValueError(f"{name} is not {count} positive integers below {end}")
         if isinstance(like, tuple):
             saved[name] = tuple(numbers)
     if saved["num_sms"] != num_sms:

@@ -112,6 +112,8 @@ def test_saved_constants_are_what_a_planner_uses(caplog) -> None:
         {"num_sms": 7},
         {"part_ps": 0},
         {"part_ps": "much"},
+        {"part_ps": 1 << 24},
+        {"step_ps": 1 << 31},
         {"item_ps": [1, 2]},
         {"item_ps": None},
         {"another": 1},
