@@ -223,7 +223,7 @@ template <typename Config>
 __device__ __forceinline__ void drain(const DecodeParams& params, const Tables& tables,
                                       const TileWork& work, uint32_t shared, BlockShared& block) {
   const bool leader = threadIdx.x == 0;
-  const auto draw = [&] { return leader ? draw_piece(params, Config::kTile, work.drawn_from) : 0; };
+  const auto draw = [&] { return leader ? draw_piece(params, work) : 0; };
   const auto share = [&](int32_t value) {  // the leader's
     if (leader) block.drawn = value;
     __syncthreads();
@@ -241,8 +241,8 @@ __device__ __forceinline__ void drain_all(const DecodeParams& params, const Tabl
                                           uint32_t shared, BlockShared& block) {
 #pragma unroll 1
   for (int i = 0; i < kNumTiles; ++i) {
-    const TileWork work = tile_work(params, tables, i, kWorkers);
-    if (work.pieces == 0) continue;
+    const TileWork work = tile_work(params, tables, i, 0, kWorkers);
+    if (work.first < 0 && work.drawn_from >= work.pieces) continue;
     switch (work.tile) {
       case 0:
         drain<TileConfig<0>>(params, tables, work, shared, block);

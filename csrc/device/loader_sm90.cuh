@@ -31,12 +31,11 @@ class Loader {
     int turn = 0;  // 0: this is the first piece of the tile
 #pragma unroll 1
     for (int i = 0; i < kNumTiles;) {
-      const TileWork work = tile_work(params_, tables_, i, kWorkers);
-      const bool is_first = turn == 0 && work.first >= 0;
+      const TileWork work = tile_work(params_, tables_, i, half_, kWorkers);
       int32_t piece = work.pieces;
-      if (is_first) {
-        piece = work.first + (is_joint(work.tile) ? 0 : half_) * work.beside;
-      } else if (work.pieces > 0) {
+      if (turn == 0 && work.first >= 0) {
+        piece = work.first;
+      } else if (work.drawn_from < work.pieces) {
         piece = draw(work, turn & 1);
       }
       if (piece < work.pieces) {
@@ -72,7 +71,7 @@ class Loader {
     const bool both = is_joint(work.tile);
     const uint32_t drawn = (both ? first_half_ : mine_).drawn(work.tile, turn);
     if ((!both || half_ == 0) && warp_ == 0 && lane_ == 0) {
-      ptx::store_shared(drawn, draw_piece(params_, work.tile, work.drawn_from));
+      ptx::store_shared(drawn, draw_piece(params_, work));
     }
     // The word is written again two turns later, when all have been here once more.
     ptx::named_barrier(both ? kLoadersOfBlock : kLoadersOfHalf + half_,
