@@ -253,8 +253,8 @@ bool decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out
       .live_words = static_cast<int32_t>(live_lens.size(0)),
       .rows_padded = static_cast<int32_t>(q.size(0)),
       .num_q_heads = num_q_heads,
-      .num_kv_heads = num_kv_heads,
-      .group_size = num_q_heads / num_kv_heads,
+      .num_kv_heads = pat::Divisor(num_kv_heads),
+      .group_size = pat::Divisor(num_q_heads / num_kv_heads),
       .scale_log2 = static_cast<float>(sm_scale * 1.4426950408889634),
   };
   const DeviceGuard guard(device.device_id);

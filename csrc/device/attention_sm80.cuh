@@ -44,7 +44,7 @@ class ItemAttention {
   template <typename Draw>
   __device__ int32_t run(int32_t piece, const Draw& draw) {
     const Item item = load_piece<Config>(params_, tables_, piece);
-    const int32_t kv_head = piece % params_.num_kv_heads;
+    const int32_t kv_head = params_.num_kv_heads.remainder(piece);
     // This lane's 16-byte chunk of every row of K and V.
     column_ = (kv_head * kHeadDim + lane_ % kRowChunks * 8) * sizeof(Element);
     Stream<Config> stream(params_, tables_, item, piece, mailbox_.slots, warp_, lane_);
@@ -197,7 +197,7 @@ class ItemAttention {
     const bool exists = lane_ < min(rows_left, kFragmentRows);
     const FinishedRow mine(
         QueryRow(tables_, item.first_entry, item.head_offset, exists ? first_row(block) + lane_ : 0,
-                 piece % params_.num_kv_heads, params_.group_size),
+                 params_.num_kv_heads.remainder(piece), params_.group_size),
         params_.live_lens);
     if constexpr (Config::kWide) {
       write_rows(params_, rows, mine, rows_left);

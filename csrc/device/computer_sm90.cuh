@@ -76,7 +76,7 @@ class Computer {
     const bool exists = lane_ < min(rows_left, kFragmentRows);
     const FinishedRow mine(
         QueryRow(tables_, box.first_entry(), box.head_offset(), exists ? first + lane_ : 0,
-                 box.piece() % params_.num_kv_heads, params_.group_size),
+                 params_.num_kv_heads.remainder(box.piece()), params_.group_size),
         params_.live_lens);
     if (!is_narrow(box.tile())) {
       write_rows(params_, rows, mine, rows_left);

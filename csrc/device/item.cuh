@@ -80,11 +80,12 @@ struct QueryRow {
 
   /// `first_entry`, `head_offset`: of the item.
   __device__ QueryRow(const Tables& tables, int32_t first_entry, int32_t head_offset, int32_t r,
-                      int32_t kv_head, int32_t group_size) {
+                      int32_t kv_head, const Divisor& group_size) {
     const int32_t flat = head_offset + r;
-    const int2 entry = tables.entry(first_entry + flat / group_size);
+    const int32_t row_of_item = group_size.quotient(flat);
+    const int2 entry = tables.entry(first_entry + row_of_item);
     row = entry.x;
-    head = kv_head * group_size + flat % group_size;
+    head = kv_head * group_size.value() + flat - row_of_item * group_size.value();
     part = entry.y;
   }
 };

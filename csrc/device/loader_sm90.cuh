@@ -80,13 +80,13 @@ class Loader {
   }
 
   __device__ __forceinline__ Item item_of(int tile, int32_t piece) const {
-    return {tables_, tables_.header(kHeaderItemBegin + tile) + piece / params_.num_kv_heads};
+    return {tables_, tables_.header(kHeaderItemBegin + tile) + params_.num_kv_heads.quotient(piece)};
   }
 
   /// `pieces`: of this tile.
   __device__ __forceinline__ void load(int tile, int32_t piece, int32_t pieces) {
     Item item = item_of(tile, piece);
-    const int32_t kv_head = piece % params_.num_kv_heads;
+    const int32_t kv_head = params_.num_kv_heads.remainder(piece);
     // All that the first loads of K and Q wait for is asked for at once.
     const int32_t early_token = first_token(tile) + lane_;
     const int32_t early_slot = lane_ < kSliceTokens && early_token < item.first_length

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "divisor.h"
+
 namespace pat {
 
 /// A CUtensorMap, of the driver's header, which device code does without.
@@ -37,7 +39,8 @@ struct DecodeParams {
   int32_t q_row_stride, out_row_stride;        // elements between request rows
   uint32_t k_slot_stride, v_slot_stride;       // bytes between slots
   int32_t plan_words, slot_words, live_words;  // sizes of `plan`, `slots` and `live_lens`
-  int32_t rows_padded, num_q_heads, num_kv_heads, group_size;
+  int32_t rows_padded, num_q_heads;
+  Divisor num_kv_heads, group_size;
   float scale_log2;  // sm_scale * log2(e)
 };
 

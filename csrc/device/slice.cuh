@@ -46,7 +46,7 @@ __device__ __forceinline__ Step load_step(const Tables& tables, const DecodePara
   Step step{words.x, words.y, words.z};
   if (words.w >= 0) {
     const int32_t flat = item.head_offset + first_row + (words.z & kStepRowMask);
-    const int32_t row = tables.entry(item.first_entry + flat / params.group_size).x;
+    const int32_t row = tables.entry(item.first_entry + params.group_size.quotient(flat)).x;
     step.length = live_length(words.y, __ldg(params.live_lens + row), words.w);
   }
   return step;

@@ -15,7 +15,7 @@ template <typename Config>
 __device__ __forceinline__ Item load_piece(const DecodeParams& params, const Tables& tables,
                                            int32_t piece) {
   const int32_t first = tables.header(kHeaderItemBegin + Config::kTile);
-  Item item(tables, first + piece / params.num_kv_heads);
+  Item item(tables, first + params.num_kv_heads.quotient(piece));
   item.clip(params.live_lens);
   return item;
 }

@@ -13,7 +13,7 @@ __device__ __forceinline__ TileWork tile_work(const DecodeParams& params, const 
   int32_t pieces[kNumTiles];
 #pragma unroll
   for (int tile = 0; tile < kNumTiles; ++tile) {
-    pieces[tile] = tables.header(kHeaderItemCount + tile) * params.num_kv_heads;
+    pieces[tile] = tables.header(kHeaderItemCount + tile) * params.num_kv_heads.value();
   }
   const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
   return tile_work(pieces, Worker{block, blocks, worker, block_workers}, i);

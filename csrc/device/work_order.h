@@ -6,12 +6,7 @@
 #include <cstdint>
 
 #include "../plan_layout.h"
-
-#if defined(__CUDACC__)
-#define PAT_HOST_DEVICE __host__ __device__
-#else
-#define PAT_HOST_DEVICE
-#endif
+#include "divisor.h"
 
 namespace pat {
 
