@@ -87,10 +87,11 @@ class Loader {
   __device__ __forceinline__ void load(int tile, int32_t piece, int32_t pieces) {
     Item item = item_of(tile, piece);
     const int32_t kv_head = params_.num_kv_heads.remainder(piece);
-    // All that the first loads of K and Q wait for is asked for at once.
+    // All that the first loads of K and Q wait for is asked for at once. (A plain load of the slots
+    // ptxas moves behind the wait for the previous item.)
     const int32_t early_token = first_token(tile) + lane_;
     const int32_t early_slot = lane_ < kSliceTokens && early_token < item.first_length
-                                   ? __ldg(params_.slots + item.first_slot + early_token)
+                                   ? ptx::load_l2(params_.slots + item.first_slot + early_token)
                                    : 0;
     const QueryRows query_rows(params_, tables_, item, first_row(tile, half_, warp_), kv_head);
     item.clip(params_.live_lens);
