@@ -144,6 +144,14 @@ __device__ __forceinline__ void prefetch_tables(const DecodeParams& params) {
     case 96:
       ptx::prefetch_l2(params.q);
       break;
+#if defined(PAT_PATH_SM90)
+    case 128:
+      if (params.has_maps) ptx::prefetch_map(&params.k_map);
+      break;
+    case 160:
+      if (params.has_maps) ptx::prefetch_map(&params.v_map);
+      break;
+#endif
   }
   constexpr int32_t kLines = 4096, kLineWords = 32;
   const auto line = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
