@@ -80,7 +80,8 @@ class Loader {
   }
 
   __device__ __forceinline__ Item item_of(int tile, int32_t piece) const {
-    return {tables_, tables_.header(kHeaderItemBegin + tile) + params_.num_kv_heads.quotient(piece)};
+    return {tables_,
+            tables_.header(kHeaderItemBegin + tile) + params_.num_kv_heads.quotient(piece)};
   }
 
   /// `pieces`: of this tile.

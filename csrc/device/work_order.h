@@ -52,7 +52,8 @@ PAT_HOST_DEVICE constexpr TileWork tile_work(const int32_t (&pieces)[kNumTiles],
   const int32_t of_widest = least(widest, wide_blocks);
   const int32_t left = wide_blocks - of_widest;  // blocks
   const int32_t of_middle = least(middle, left * worker.count);
-  const int32_t of_narrow = least(narrow, worker.blocks * worker.count - of_widest * worker.count - of_middle);
+  const int32_t of_narrow =
+      least(narrow, worker.blocks * worker.count - of_widest * worker.count - of_middle);
   if (tile == kNumTiles - 1) {
     return {tile, widest, worker.block < of_widest ? worker.block : -1, of_widest};
   }
