@@ -242,7 +242,9 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
     beside all that are as long or longer; else when the work of those before it is spread over
     the SMs. While others keep the memory busy, up to the mean of all work, it lasts an eighth
     longer than its solo time: without that, plans with long items seemed as good as those with
-    short ones, and took up to 7 % longer (csrc/README.md). Items of one length run in waves, which
+    short ones, and took up to 7 % longer (csrc/README.md). Where all items together fill at most
+    half of the GPU, none shares its SM, and narrow ones, which wait for memory more than for the
+    SM, last three quarters of their solo time. Items of one length run in waves, which
     is the better bound when the GPU holds many of them at a time. Adding the longest solo time to
     the mean of all work instead would be right only if the longest item started last: much too
     pessimistic for long items that start first.
@@ -269,6 +271,10 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
         start_ps = (work_ps * num_kv_heads - last_ps) // num_sms
         waves = -(-of_bucket * num_kv_heads // (8 * num_sms))
         end_ps = max(end_ps, min(start_ps + longest_ps, before_ps + waves * longest_ps))
+    if eighths * num_kv_heads <= 4 * num_sms:
+        at_once_ps = max(
+            (load.solo_ps if load.tile else load.solo_ps * 3 // 4 for load in loads), default=0
+        )
     mean_ps = work_ps * num_kv_heads // num_sms
     return max(mean_ps, at_once_ps, min(mean_ps, at_once_ps) * 9 // 8, end_ps)
 

@@ -252,7 +252,8 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
 
     As long as it: the same octave of the solo time, and the same quarter of it. What fits on the
     GPU side by side starts at once: 2, 2 or 1 items of the three tiles on each SM; up to the mean
-    of all work it lasts an eighth longer.
+    of all work it lasts an eighth longer. Narrow items last three quarters of their solo time when
+    all items together take no more than half of the GPU.
     """
     heads, num_sms = setup.shape.num_kv_heads, setup.model.num_sms
 
@@ -266,11 +267,15 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
         """SMs that items take."""
         return sum((Fraction(load.items * heads, (2, 2, 1)[load.tile]) for load in of), Fraction())
 
+    def lasts(load: Load) -> int:
+        alone = load.tile == 0 and share(loads) * 2 <= num_sms
+        return load.solo_ps * 3 // 4 if alone else load.solo_ps
+
     mean = end = sum(load.work_ps for load in loads) * heads // num_sms
     for of in {length(load) for load in loads}:
         same = [load for load in loads if length(load) == of]
         first = [load for load in loads if length(load) >= of]
-        longest = max(load.solo_ps for load in same)
+        longest = max(lasts(load) for load in same)
         ends = [max(longest, min(longest, mean) * 9 // 8)]
         if share(first) > num_sms:
             work = sum(load.work_ps for load in same) * heads

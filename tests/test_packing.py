@@ -380,6 +380,15 @@ def test_short_root_is_taken_along_by_the_groups_below() -> None:
         ([(2, 9, 900, 900), (1, 3, 500, 9000)], 1, 900 + 112),
         ([(2, 9, 900, 900), (1, 3, 500, 9900)], 1, 10800 // 10),
         ([(0, 20, 1, 80), (0, 20, 9, 80)], 1, 2 * 9),  # up to 9 ps one bucket
+        # Narrow items that have their SM to themselves.
+        ([(0, 10, 500, 100)], 1, 375),
+        ([(0, 5, 501, 100)], 2, 375),
+        ([(0, 11, 500, 100)], 1, 500),
+        ([(0, 10, 500, 5000)], 1, 500),  # the mean of all work, nevertheless
+        ([(0, 6, 1000, 60), (2, 2, 700, 60)], 1, 750),
+        ([(0, 6, 1000, 60), (2, 2, 800, 60)], 1, 800),
+        ([(0, 6, 1000, 60), (2, 3, 700, 60)], 1, 1000),
+        ([(1, 10, 500, 100)], 1, 500),  # wide ones have their tensor cores to wait for
         ([(2, 20, 500, 9000)], 1, 2 * 500),  # two waves
         ([(2, 10, 900, 2000), (2, 20, 500, 9000)], 1, 2000 // 10 + 2 * 500),
     ],
@@ -435,7 +444,7 @@ def test_a_chain_gives_way_to_items_side_by_side() -> None:
     # A chain saves partials, worth their price on one SM; on many SMs a tail is read meanwhile.
     # Either way all items start at once.
     batch = make_batch([-1], [100], [0, 0], [200, 200])
-    for num_sms, solo in ((1, 100 + 100 * 2 + 200 * 2), (1000, 100 + 100 * 2)):
+    for num_sms, solo in ((1, 100 + 100 * 2 + 200 * 2), (1000, (100 + 100 * 2) * 3 // 4)):
         model = replace(ROUND, num_sms=num_sms)
         setup = generous(batch, group=1, heads=1, sharing="on", model=model)
         uncut = Search(wall_eighths=(0,))
@@ -458,7 +467,7 @@ def test_a_chain_wins_a_tie() -> None:
         packing_of(batch, setup, Search(chains=chains, wall_eighths=(0,)))
         for chains in (True, False)
     )
-    assert with_chains.predicted_ps == without.predicted_ps == 100 + 100 * 2
+    assert with_chains.predicted_ps == without.predicted_ps == (100 + 100 * 2) * 3 // 4
     assert [pack.is_chain for pack in with_chains.packs] == [True]
 
 

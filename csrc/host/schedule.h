@@ -33,6 +33,8 @@ class Schedule {
     bucket.items += items;
     bucket.work_ps += work_ps;
     bucket.longest_ps = std::max(bucket.longest_ps, solo_ps);
+    int64_t& longest_ps = tile == 0 ? longest_narrow_ps_ : longest_wide_ps_;
+    longest_ps = std::max(longest_ps, solo_ps);
     lowest_ = std::min(lowest_, index);
     highest_ = std::max(highest_, index);
   }
@@ -63,6 +65,9 @@ class Schedule {
       }
       end_ps = std::max(end_ps, std::min(start_ps + bucket.longest_ps, in_waves_ps));
     }
+    if (eighths * num_kv_heads <= 4 * num_sms) {  // none shares its SM
+      at_once_ps = std::max(longest_wide_ps_, mul_div(longest_narrow_ps_, 3, 4));
+    }
     const int64_t mean_ps = mul_div(work_ps, num_kv_heads, num_sms);
     const int64_t beside_ps = mul_div(std::min(mean_ps, at_once_ps), 9, 8);
     return std::max({mean_ps, at_once_ps, beside_ps, end_ps});
@@ -76,6 +81,8 @@ class Schedule {
               buckets_ + other.lowest_);
     lowest_ = other.lowest_;
     highest_ = other.highest_;
+    longest_narrow_ps_ = other.longest_narrow_ps_;
+    longest_wide_ps_ = other.longest_wide_ps_;
   }
 
   /// Forgets all work items.
@@ -83,6 +90,7 @@ class Schedule {
     if (lowest_ <= highest_) std::fill(buckets_ + lowest_, buckets_ + highest_ + 1, Bucket{});
     lowest_ = kNumBuckets;
     highest_ = -1;
+    longest_narrow_ps_ = longest_wide_ps_ = 0;
   }
 
  private:
@@ -104,6 +112,7 @@ class Schedule {
   Bucket buckets_[kNumBuckets] = {};
   int32_t lowest_ = kNumBuckets;
   int32_t highest_ = -1;
+  int64_t longest_narrow_ps_ = 0, longest_wide_ps_ = 0;
 };
 
 }  // namespace pat
