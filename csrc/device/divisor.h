@@ -27,8 +27,12 @@ class Divisor {
   PAT_HOST_DEVICE int32_t value() const { return value_; }
 
   PAT_HOST_DEVICE int32_t quotient(int32_t n) const {
+#if defined(PAT_PATH_SM80)  // whose kernel lacks registers: this keeps one number, not three
+    return n / value_;
+#else
     const auto high = static_cast<uint32_t>(uint64_t{static_cast<uint32_t>(n)} * factor_ >> 32);
     return static_cast<int32_t>((high + static_cast<uint32_t>(n)) >> shift_);
+#endif
   }
 
   PAT_HOST_DEVICE int32_t remainder(int32_t n) const { return n - quotient(n) * value_; }
