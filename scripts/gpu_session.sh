@@ -222,9 +222,13 @@ background() {
 
 poll() {
   [ -d "$away/out" ] || { echo "nothing was started on this machine" >&2; exit 1; }
-  local end=$((SECONDS + $1))
-  while [ $SECONDS -lt $end ] && [ ! -e "$away/out/ended" ]; do sleep 1; done
-  find "$away/results" -newer "$away/pyproject.toml" -type f -exec cp -t "${OUT:-/tmp}" {} +
+  local end=$((SECONDS + $1)) over=no
+  while [ $over = no ]; do
+    sleep 1
+    if [ $SECONDS -ge $end ] || [ -e "$away/out/ended" ]; then over=yes; fi
+    # Every time: where device time ends before this does, what is in $OUT comes back all the same.
+    find "$away/results" -newer "$away/pyproject.toml" -type f -exec cp -t "${OUT:-/tmp}" {} +
+  done
   { grep -v -i warn "$away/out/console" || true; } | tail -n "${2:-60}"
   if [ ! -e "$away/out/ended" ]; then
     jit_cache
