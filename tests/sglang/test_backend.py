@@ -55,10 +55,10 @@ def test_steps_share_and_are_kept(fixture):
 
 @pytest.mark.parametrize(
     ("force", "rows", "unshared"),
-    [("auto", 4, 1), ("auto", 8, 0), ("off", 8, 1), ("on", 4, 0)],
+    [("auto", 4, 1), ("auto", 16, 0), ("off", 16, 1), ("on", 4, 0)],
 )
 def test_plans_that_share_nothing_are_counted(monkeypatch, force, rows, unshared):
-    """Packing a prompt pays for 8 rows and not for 4: the planner's word, plan by plan."""
+    """Packing a prompt pays for 16 rows and not for 4: the planner's word, plan by plan."""
     monkeypatch.setenv("PAT_SGLANG_FORCE", force)
     fixture = Fixture()
     reqs = [fixture.serve([*range(1000, 1400), i]) for i in range(rows)]
