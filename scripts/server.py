@@ -22,16 +22,21 @@ STOP_PATIENCE_S = 10.0
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def free_port() -> int:
-    """A port nobody listens on, below those that the kernel hands out by itself.
+def port_arguments() -> tuple[int, list[str]]:
+    """A port for a server and its arguments about ports, of its own and of its ranks' rendezvous.
 
-    One of these might be taken by the server's own ranks before it listens, half a minute later.
+    Ports nobody listens on, below those that the kernel hands out by itself: one of these might be
+    taken, by the server's own ranks too, before it listens, half a minute later. (The rendezvous
+    port that SGLang 0.5.17 chooses is one of them.)
     """
-    while True:
+    found: list[int] = []
+    while len(found) < 2:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            found += [port] * (port not in found)
+    port, rendezvous = found
+    return port, ["--host", "127.0.0.1", "--port", str(port), "--nccl-port", str(rendezvous)]
 
 
 def add_plugin_option(parser: argparse.ArgumentParser) -> None:
@@ -77,10 +82,9 @@ class Server:
         log: Path,
         cwd: Path | None = None,
     ) -> None:
-        port = free_port()
+        port, of_ports = port_arguments()
         self.name, self.log, self.url = name, log, f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command = [sys.executable, "-m", "sglang.launch_server", *arguments, *of_ports]
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command,

@@ -21,7 +21,7 @@ import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from server import free_port
+from server import port_arguments
 
 START_S, ANSWER_S = 240, 180  # on an idle machine 20 and 15 are enough
 
@@ -48,10 +48,10 @@ class Answer:
 @contextlib.contextmanager
 def server(log: Path, model: Path, *arguments: str, **environment: str) -> Iterator[str]:
     """A running server's base URL."""
-    port = free_port()
+    port, of_ports = port_arguments()
     command = [
         sys.executable, "-m", "sglang.launch_server", "--model-path", str(model),
-        "--dtype", "float32", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--device", "cpu", *of_ports,
         "--max-running-requests", "16", "--grammar-backend", "none", "--chunked-prefill-size", "96",
         "--enable-mixed-chunk", "--skip-server-warmup", "--random-seed", "1", *arguments,
     ]  # fmt: skip
