@@ -27,7 +27,6 @@ temporary folder; the ends of those that failed are printed.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import subprocess
@@ -40,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import gpu_common as common
-import numpy as np
 import smollm2
 from gpu_common import Row
 from gpu_serving_check import (
@@ -93,24 +91,13 @@ class Questions:
         self.p99_margin, self.mean_margin = (1e-3, 1e-4) if cpu else (P99_MARGIN, 0.0)
         self.cpu = cpu
         self.own: Row = {}  # the base's answers, rescored by itself
-        self.mean_bound = 0.0
 
     def calibrate(self, base: Controlled, **options: Any) -> list[Answer]:
         """The base's answers, and the noise in them."""
         answers = self.at_once(base, **options)
-        base.flush()
-        differences = self.workload.rescore(base, answers, **options)
-        self.own = distribution(differences)
+        self.own = self.rescored(base, answers, **options)
         if "p99" not in self.own:
             raise RuntimeError(f"{base.name}: log-probabilities are not finite")
-        # Other tokens would have had another mean: the base's own comes back 7 % higher once its
-        # batch has rounded otherwise. Two standard errors of a difference of two such means.
-        ends = np.cumsum([len(answer.tokens) for answer in answers])[:-1]
-        means = [part.mean() for part in np.split(np.asarray(differences), ends)]
-        error = np.std(means, ddof=1) / math.sqrt(len(means))
-        noise = 2 * math.sqrt(2) * float(error)
-        self.mean_bound = RESCORED_MEAN_FACTOR * self.own["mean"] + noise + self.mean_margin
-        self.own["mean_bound"] = self.mean_bound
         print(f"{base.name}: its own answers, rescored: {self.own}", flush=True)
         return answers
 
@@ -156,11 +143,11 @@ class Questions:
         rescored = self.rescored(by, answers, **options)
         row.update({f"rescored_{k}": v for k, v in rescored.items() if k not in ("p50", "max")})
         row["problems"] += self._beyond(rescored, "rescored")
+        bound = RESCORED_MEAN_FACTOR * self.own["mean"] + self.mean_margin
         # Over far fewer tokens than the base's the mean is noise itself; the p99 has a margin.
         enough = rescored["count"] >= self.own["count"] / 2
-        if enough and rescored.get("mean", 0.0) > self.mean_bound:
-            found = f"rescored: mean {rescored['mean']:.2e} is above {self.mean_bound:.2e}"
-            row["problems"].append(found)
+        if enough and rescored.get("mean", 0.0) > bound:
+            row["problems"].append(f"rescored: mean {rescored['mean']:.2e} is above {bound:.2e}")
         cut = sum(len(a.tokens) < len(b.tokens) for a, b in zip(answers, before, strict=True))
         if short:
             row["cut_short"] = cut
