@@ -18,6 +18,7 @@ class Loader {
         tables_(tables),
         warp_(ptx::uniform(threadIdx.x / 32 % kWarps)),
         lane_(threadIdx.x % 32),
+        plan_slots_(tables.header(kHeaderSlots)),
         half_(ptx::uniform(threadIdx.x / kHalfThreads % kHalves)),
         first_half_(shared, 0),
         mine_(shared, half_),
@@ -54,7 +55,9 @@ class Loader {
   /// What a stage holds of this warp: its part of an entry of all warps, or a slice of its partner.
   enum Use { kEntry, kSlice };
 
-  static constexpr int32_t kLongRun = 1024, kShortRun = 128;  // tokens
+  static constexpr int32_t kLongRun = 1024, kShortRun = 128;   // tokens
+  static constexpr int64_t kSmallPlan = int64_t{256} << 20;    // bytes, five times an H100's L2
+  static constexpr int32_t kReadOnce = 1 << 2 * kStepHiShift;  // in a step's word of rows
 
   /// Whether a chain starts with its private runs. Every other one does: shared runs come from L2,
   /// private ones from device memory, and both should be busy all the time.
@@ -64,6 +67,20 @@ class Loader {
                                                           int32_t tokens) {
     const bool is_only_round = is_joint(tile) && pieces <= static_cast<int32_t>(gridDim.x);
     return piece % 2 == 1 && tokens >= (is_only_round ? kLongRun : kShortRun);
+  }
+
+  /// Whether the plan has so few K and V that what earlier kernels wrote can stay in L2 and need not be
+  /// written back while this one reads. A large plan displaces it anyhow, and had better do so at once.
+  __device__ __forceinline__ bool is_small() const {
+    constexpr int64_t kTokenBytes = 2 * kHeadDim * sizeof(Element);
+    return int64_t{plan_slots_} * params_.num_kv_heads.value() < kSmallPlan / kTokenBytes;
+  }
+
+  /// Whether the first run is a tail that no other item reads and that L2 should give up first: in a
+  /// small plan, and where it would displace runs that others read again.
+  __device__ __forceinline__ bool evicts_run(const Item& item) const {
+    return item.tail_position >= 0 && item.query_rows == params_.group_size.value() &&
+           (is_small() || tables_.header(kHeaderSharedPacks) > 0);
   }
 
   /// The next piece of a tile, for one half or for both.
@@ -149,11 +166,13 @@ class Loader {
     int32_t first = first_token(tile);
     // A stream has slices with tokens only, an entry has those of all four warps.
     const int32_t end = narrow ? tokens : tokens + warp_ * kSliceTokens;
+    const bool evicts = evicts_run(item);
     int32_t slot = first + lane_ < item.first_length ? early_slot : fetch(first);
     for (; first < end; first += stride) {
       const int32_t next_slot = fetch(first + stride);
       const int32_t valid = min(max(tokens - first, 0), kSliceTokens);
-      load_slices(narrow ? kSlice : kEntry, slot, Slice::pack(valid, Slice::kAllRows, 0));
+      load_slices(narrow ? kSlice : kEntry, slot, Slice::pack(valid, Slice::kAllRows, 0),
+                  evicts && first < item.first_length);
       slot = next_slot;
     }
   }
@@ -179,7 +198,11 @@ class Loader {
       const int32_t count = min(fragment.y - batch, 32);
       Step mine{};  // lane l's of this batch: one latency for all of them
       if (lane_ < count) {
-        mine = load_step(tables_, params_, fragment.x + batch + lane_, item, first);
+        const int32_t index = fragment.x + batch + lane_;
+        mine = load_step(tables_, params_, index, item, first);
+        // A tail of a row whose query rows are all in this fragment.
+        const bool has_all_rows = params_.group_size.remainder(kFragmentRows) == 0;
+        if (is_small() && has_all_rows && tables_.step(index).w >= 0) mine.rows |= kReadOnce;
       }
       // The step that has the token `offset` from the start of this one; false: none of the batch.
       int32_t step = -1, from = 0, length = 0, rows = 0;
@@ -200,11 +223,13 @@ class Loader {
       bool more = seek();
       int32_t slot = more ? fetch() : 0;
       while (more) {
-        const int32_t word = Slice::pack(min(length - offset, kSliceTokens), rows, 0);
+        const int32_t word =
+            Slice::pack(min(length - offset, kSliceTokens), rows & (kReadOnce - 1), 0);
+        const bool read_once = (rows & kReadOnce) != 0;
         offset += stride;
         more = seek();
         const int32_t next_slot = more ? fetch() : 0;
-        load_slices(kSlice, slot, word);
+        load_slices(kSlice, slot, word, read_once);
         slot = next_slot;
       }
     }
@@ -257,25 +282,26 @@ class Loader {
   }
 
   /// K, then V of this warp's slice of two ring entries. `slot`: lane l's, of token l.
-  __device__ __forceinline__ void load_slices(Use use, int32_t slot, int32_t word) {
+  __device__ __forceinline__ void load_slices(Use use, int32_t slot, int32_t word, bool read_once) {
+    const uint64_t policy = ptx::l2_policy(ptx::uniform(read_once));
     const int32_t first = __shfl_sync(0xffffffffu, slot, 0);
     const bool follows = lane_ >= kSliceTokens || slot == first + lane_;
     const bool whole = params_.has_maps && Slice::valid(word) == kSliceTokens;
     if (__all_sync(0xffffffffu, whole && follows)) {
-      copy_slice(params_.k_map, use, first, word);
-      copy_slice(params_.v_map, use, first, word);
+      copy_slice(params_.k_map, use, first, word, policy);
+      copy_slice(params_.v_map, use, first, word, policy);
       return;
     }
     __syncwarp();  // all lanes have read those of the slice before
     if (lane_ < kSliceTokens) ptx::store_shared(slots_ + lane_ * 4, slot);
     __syncwarp();
-    gather_slice(params_.k_cache, params_.k_slot_stride, use, word);
-    gather_slice(params_.v_cache, params_.v_slot_stride, use, word);
+    gather_slice(params_.k_cache, params_.k_slot_stride, use, word, policy);
+    gather_slice(params_.v_cache, params_.v_slot_stride, use, word, policy);
   }
 
   /// 16 slots side by side, by the copy engine.
   __device__ __forceinline__ void copy_slice(const TensorMap& map, Use use, int32_t first,
-                                             int32_t word) {
+                                             int32_t word, uint64_t policy) {
     await_empty();
     if (lane_ == 0) {
       const uint32_t barrier = full(use);
@@ -286,7 +312,7 @@ class Loader {
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
         ptx::copy_tile(to + panel * kPanelBytes, &map, panel * kMapElements,
-                       column_ / (kHeadDim * sizeof(Element)), first, barrier);
+                       column_ / (kHeadDim * sizeof(Element)), first, barrier, policy);
       }
     }
     to_next_stage(use);
@@ -294,7 +320,7 @@ class Loader {
 
   /// 16 slots wherever they are.
   __device__ __forceinline__ void gather_slice(const void* cache, uint32_t slot_stride, Use use,
-                                               int32_t word) {
+                                               int32_t word, uint64_t policy) {
     await_empty();
     const char* from = ptx::opaque(static_cast<const char*>(cache) + column_);
     const uint32_t to = mine_.entry(stage_) + lane_offset_;
@@ -306,7 +332,7 @@ class Loader {
         const uint32_t slot[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          ptx::cp_async_16(copied_to(to, four + i), from + uint64_t{slot[i]} * slot_stride);
+          ptx::cp_async_16(copied_to(to, four + i), from + uint64_t{slot[i]} * slot_stride, policy);
         }
       }
     } else {  // tokens that do not exist become zeros
@@ -314,7 +340,7 @@ class Loader {
       for (int pass = 0; pass < kCopyPasses; ++pass) {
         const uint32_t slot = ptx::load_shared(slots + pass * 4);
         ptx::cp_async_16(copied_to(to, pass), from + uint64_t{slot} * slot_stride,
-                         copied_row(lane_, pass) < Slice::valid(word));
+                         copied_row(lane_, pass) < Slice::valid(word), policy);
       }
     }
     arrive_slice(use, word);
@@ -322,7 +348,9 @@ class Loader {
 
   const DecodeParams& params_;
   const Tables& tables_;
-  const int warp_, lane_, half_;
+  const int warp_, lane_;
+  const int32_t plan_slots_;  // asked for before anything waits
+  const int half_;
   const Half first_half_, mine_;
   const Pair pair_;
   const uint32_t slots_;        // where this warp keeps those of the slice at hand

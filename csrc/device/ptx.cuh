@@ -97,6 +97,28 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool 
                : "memory");
 }
 
+/// Whether L2 gives these lines up first: an operand of copies. `read_once` must be known to be the same in
+/// all lanes, or every copy becomes a loop.
+__device__ __forceinline__ uint64_t l2_policy(bool read_once) {
+  uint64_t first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return read_once ? first : normal;
+}
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(from), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid,
+                                            uint64_t policy) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
+      "l"(from), "r"(bytes), "l"(policy)
+      : "memory");
+}
+
 /// The same address, opaque to the compiler: its parts are added once, not to every offset from it.
 __device__ __forceinline__ const char* opaque(const char* address) {
   asm volatile("" : "+l"(address));
@@ -250,11 +272,11 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int32
 }
 /// A box of a three-dimensional tensor map to shared memory; its bytes are counted by the barrier.
 __device__ __forceinline__ void copy_tile(uint32_t to, const void* map, int32_t x, int32_t y,
-                                          int32_t z, uint32_t barrier) {
+                                          int32_t z, uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
       : "memory");
 }
 /// An arrival of this thread once all its cp.async so far have completed.
