@@ -18,7 +18,8 @@ After each operation the same requests come again: one by one, greedy tokens equ
 it; and all at once, log-probabilities close to those before it while the tokens are equal (rounding
 depends on the batch). Every answer is also rescored to its end: a prefill of the same tokens, which
 is always the base's kernels' work, must find the log-probabilities that decoding found as nearly as
-it finds those that the base decoded. The counters must show shared segments.
+it finds those that the base decoded, of parallel samples those of the base's parallel samples. The
+counters must show shared segments.
 
 Writes results/features_check-<gpu>.json, and $OUT/ the same when set. Server logs stay in a
 temporary folder; the ends of those that failed are printed.
@@ -62,6 +63,7 @@ STAND_INS = common.ROOT / "tests" / "sglang" / "stand_ins"  # for the dry run
 GRAPH_ROWS = [str(rows) for rows in (1, 2, 4, 8, 16, 24, 32)]
 SOLO = 6  # prompts that are asked one by one
 TAGS = ["kv_cache", "weights", "cuda_graph"]
+SAMPLES = 2
 STEPS_UNDER_WAY = 8  # forwards after which requests are surely being decoded
 SMALL_POOL = 10240  # slots: holds all answers or the fillers, not both
 
@@ -91,15 +93,25 @@ class Questions:
         self.p99_margin, self.mean_margin = (1e-3, 1e-4) if cpu else (P99_MARGIN, 0.0)
         self.cpu = cpu
         self.own: Row = {}  # the base's answers, rescored by itself
+        self.own_samples: list[Row] = []  # likewise, of parallel samples, one each
 
     def calibrate(self, base: Controlled, **options: Any) -> list[Answer]:
         """The base's answers, and the noise in them."""
         answers = self.at_once(base, **options)
-        self.own = self.rescored(base, answers, **options)
-        if "p99" not in self.own:
-            raise RuntimeError(f"{base.name}: log-probabilities are not finite")
-        print(f"{base.name}: its own answers, rescored: {self.own}", flush=True)
+        self.own = self._own(base, answers, **options)
         return answers
+
+    def calibrate_samples(self, base: Controlled, count: int) -> None:
+        """The noise in parallel samples, whose batch is `count` times as large."""
+        answers = self.at_once(base, samples=count)
+        self.own_samples = [self._own(base, answers[i::count]) for i in range(count)]
+
+    def _own(self, base: Controlled, answers: Sequence[Answer], **options: Any) -> Row:
+        own = self.rescored(base, answers, **options)
+        if "p99" not in own:
+            raise RuntimeError(f"{base.name}: log-probabilities are not finite")
+        print(f"{base.name}: its own answers, rescored: {own}", flush=True)
+        return own
 
     def one_by_one(self, server: Controlled) -> list[Answer]:
         server.flush()
@@ -119,7 +131,7 @@ class Questions:
     def apart(self, left: Sequence[Answer], right: Sequence[Answer]) -> Row:
         """Distances of log-probabilities over common beginnings."""
         row = compare(left, right)
-        return {**row, "problems": self._beyond(row, "common beginnings")}
+        return {**row, "problems": self._beyond(row, "common beginnings", self.own)}
 
     def check(
         self,
@@ -128,6 +140,7 @@ class Questions:
         by: Controlled,
         *,
         short: bool = False,
+        own: Row | None = None,
         **options: Any,
     ) -> Row:
         """Whether these are right answers, each to its end.
@@ -137,15 +150,17 @@ class Questions:
             answers: to the first prompts.
             by: the server whose prefill rescores them.
             short: they may have been cut short.
+            own: of the base's answers to requests like these; default: `self.own`.
             options: of the requests.
         """
+        own = own or self.own
         row = self.apart(before, answers)
         rescored = self.rescored(by, answers, **options)
         row.update({f"rescored_{k}": v for k, v in rescored.items() if k not in ("p50", "max")})
-        row["problems"] += self._beyond(rescored, "rescored")
-        bound = RESCORED_MEAN_FACTOR * self.own["mean"] + self.mean_margin
+        row["problems"] += self._beyond(rescored, "rescored", own)
+        bound = RESCORED_MEAN_FACTOR * own["mean"] + self.mean_margin
         # Over far fewer tokens than the base's the mean is noise itself; the p99 has a margin.
-        enough = rescored["count"] >= self.own["count"] / 2
+        enough = rescored["count"] >= own["count"] / 2
         if enough and rescored.get("mean", 0.0) > bound:
             row["problems"].append(f"rescored: mean {rescored['mean']:.2e} is above {bound:.2e}")
         cut = sum(len(a.tokens) < len(b.tokens) for a, b in zip(answers, before, strict=True))
@@ -155,8 +170,8 @@ class Questions:
             row["problems"].append(f"{cut} answers were cut short")
         return row
 
-    def _beyond(self, row: Row, what: str) -> list[str]:
-        bound = P99_FACTOR * self.own["p99"] + self.p99_margin
+    def _beyond(self, row: Row, what: str, own: Row) -> list[str]:
+        bound = P99_FACTOR * own["p99"] + self.p99_margin
         if not row["count"]:
             return [f"{what}: nothing to compare"]
         if "p99" not in row:
@@ -201,10 +216,11 @@ class Checks:
         self.rows[name] = row
 
     def samples(self) -> None:
-        answers = self.questions.at_once(self.server, samples=2)
-        for which in (0, 1):
-            row = self.questions.check(self.batch, answers[which::2], self.server)
-            self.rows[f"sample {which + 1} of 2"] = row
+        answers = self.questions.at_once(self.server, samples=SAMPLES)
+        for i, own in enumerate(self.questions.own_samples):
+            mine = answers[i::SAMPLES]
+            row = self.questions.check(self.batch, mine, self.server, own=own)
+            self.rows[f"sample {i + 1} of {SAMPLES}"] = row
 
     def paused(self, name: str, mode: str, action: Callable[[], None] = lambda: None) -> None:
         """Requests decode, generation stops, ``action``, generation goes on."""
@@ -332,6 +348,8 @@ class Family:
         with concluded(self.result, self.started):
             measure(self, questions)
         self.result["own"] = questions.own
+        if questions.own_samples:
+            self.result["own_samples"] = questions.own_samples
         problems = "; ".join(self.result["problems"]) or "as it should be"
         sizes = self.result.get("max_total_num_tokens", "")
         print(f"{self.name}: {self.result['seconds']} s: {problems} {sizes}", flush=True)
@@ -352,6 +370,7 @@ def measure_main(family: Family, questions: Questions) -> None:
     base = family.ready(family.start(with_pat=False))
     sizes = {"base": base.pool_size()}
     expected = questions.calibrate(base)
+    questions.calibrate_samples(base, SAMPLES)
     base.stop()
     deadline = time.monotonic() + 30
     while used_mib() > idle + 64 and time.monotonic() < deadline:

@@ -44,6 +44,11 @@ class Reference:
         self.orders.append(path)
 
 
+class Sampling(Reference):
+    def generate(self, prompts, counts, *, samples, **options):
+        return self.decoded[: len(prompts) * samples]
+
+
 def answer(tokens: int = COUNT, *, right: int = COUNT, off: float = 0.0007, last: float = -0.5):
     """Right tokens first, then confident garbage; `off` is what decoding rounds differently."""
     ids = [100 + i if i < right else 1000 + i for i in range(tokens)]
@@ -96,6 +101,24 @@ def test_a_small_error_everywhere_shows_in_the_mean(questions):
     off = 0.00075 * 1.15 + questions.mean_margin + 1e-5
     found = problems(questions, [answer(off=off)] * 4)
     assert [text[:14] for text in found] == ["rescored: mean"]
+
+
+def test_parallel_samples_are_held_to_the_base_s_own(questions):
+    sampled = [answer(off=0.001 * (1 + i % 2)) for i in range(len(PROMPTS)) for _ in range(2)]
+    questions.calibrate_samples(Sampling(sampled), 2)
+    assert [own["mean"] for own in questions.own_samples] == pytest.approx([0.0015] * 2)
+
+    def found(off: float) -> list[list[str]]:
+        checks = Checks.__new__(Checks)
+        checks.server, checks.questions = Sampling([answer(off=off)] * 8), questions
+        checks.batch, checks.rows = BEFORE, {}
+        checks.samples()
+        assert list(checks.rows) == ["sample 1 of 2", "sample 2 of 2"]
+        return [row["problems"] for row in checks.rows.values()]
+
+    assert found(0.0015) == [[], []]  # above what one answer a prompt may be off
+    above = 0.0015 * 1.15 + questions.mean_margin + 1e-5
+    assert [[text[:14] for text in row] for row in found(above)] == [["rescored: mean"]] * 2
 
 
 def test_nan_fails(questions):
