@@ -104,6 +104,8 @@ class Questions:
     def calibrate_samples(self, base: Controlled, count: int) -> None:
         """The noise in parallel samples, whose batch is `count` times as large."""
         answers = self.at_once(base, samples=count)
+        if len(answers) != count * len(self.prompts):
+            raise RuntimeError(f"{base.name}: {len(answers)} answers of {count} samples each")
         self.own_samples = [self._own(base, answers[i::count]) for i in range(count)]
 
     def _own(self, base: Controlled, answers: Sequence[Answer], **options: Any) -> Row:
@@ -217,7 +219,7 @@ class Checks:
 
     def samples(self) -> None:
         answers = self.questions.at_once(self.server, samples=SAMPLES)
-        for i, own in enumerate(self.questions.own_samples):
+        for i, own in zip(range(SAMPLES), self.questions.own_samples, strict=True):
             mine = answers[i::SAMPLES]
             row = self.questions.check(self.batch, mine, self.server, own=own)
             self.rows[f"sample {i + 1} of {SAMPLES}"] = row

@@ -104,21 +104,25 @@ def test_a_small_error_everywhere_shows_in_the_mean(questions):
 
 
 def test_parallel_samples_are_held_to_the_base_s_own(questions):
-    sampled = [answer(off=0.001 * (1 + i % 2)) for i in range(len(PROMPTS)) for _ in range(2)]
-    questions.calibrate_samples(Sampling(sampled), 2)
-    assert [own["mean"] for own in questions.own_samples] == pytest.approx([0.0015] * 2)
+    def sampled(first: float, second: float) -> Sampling:
+        return Sampling([answer(off=off) for _ in PROMPTS for off in (first, second)])
 
-    def found(off: float) -> list[list[str]]:
+    questions.calibrate_samples(sampled(0.001, 0.002), 2)
+    assert [own["mean"] for own in questions.own_samples] == pytest.approx([0.001, 0.002])
+
+    def found(first: float, second: float) -> list[list[str]]:
         checks = Checks.__new__(Checks)
-        checks.server, checks.questions = Sampling([answer(off=off)] * 8), questions
+        checks.server, checks.questions = sampled(first, second), questions
         checks.batch, checks.rows = BEFORE, {}
         checks.samples()
         assert list(checks.rows) == ["sample 1 of 2", "sample 2 of 2"]
-        return [row["problems"] for row in checks.rows.values()]
+        return [[text[:14] for text in row["problems"]] for row in checks.rows.values()]
 
-    assert found(0.0015) == [[], []]  # above what one answer a prompt may be off
-    above = 0.0015 * 1.15 + questions.mean_margin + 1e-5
-    assert [[text[:14] for text in row] for row in found(above)] == [["rescored: mean"]] * 2
+    assert found(0.001, 0.002) == [[], []]  # above what one answer a prompt may be off
+    above = 0.001 * 1.15 + questions.mean_margin + 1e-5
+    assert found(above, above) == [["rescored: mean"], []]
+    with pytest.raises(RuntimeError, match="4 answers of 2 samples each"):
+        questions.calibrate_samples(Sampling(BEFORE), 2)
 
 
 def test_nan_fails(questions):

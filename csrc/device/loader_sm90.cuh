@@ -69,8 +69,9 @@ class Loader {
     return piece % 2 == 1 && tokens >= (is_only_round ? kLongRun : kShortRun);
   }
 
-  /// Whether the plan has so few K and V that what earlier kernels wrote can stay in L2 and need not be
-  /// written back while this one reads. A large plan displaces it anyhow, and had better do so at once.
+  /// Whether the plan's slots stand for so few K and V that what earlier kernels wrote can stay in L2 and
+  /// need not be written back while this one reads. A large plan displaces it anyhow, and had better
+  /// do so at once. NOTE: slots have room to grow, which counts: many short rows are a large plan.
   __device__ __forceinline__ bool is_small() const {
     constexpr int64_t kTokenBytes = 2 * kHeadDim * sizeof(Element);
     return int64_t{plan_slots_} * params_.num_kv_heads.value() < kSmallPlan / kTokenBytes;
