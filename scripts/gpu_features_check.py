@@ -155,7 +155,7 @@ class Questions:
             own: of the base's answers to requests like these; default: `self.own`.
             options: of the requests.
         """
-        own = own or self.own
+        own = self.own if own is None else own
         row = self.apart(before, answers)
         rescored = self.rescored(by, answers, **options)
         row.update({f"rescored_{k}": v for k, v in rescored.items() if k not in ("p50", "max")})
