@@ -52,6 +52,7 @@ inline constexpr int32_t kHeaderSteps = 27;
 inline constexpr int32_t kHeaderChains = 28;  // items with fragments
 inline constexpr int32_t kHeaderOffReps = 29;
 inline constexpr int32_t kHeaderUnsharedTokens = 30;  // the sum of the rows' lengths
+inline constexpr int32_t kHeaderUniqueTokens = 31;    // every shared one once
 
 // Item: int32 [items, kItemWords], items of one tile side by side, heaviest first.
 // All rows of an item read its shared run: the first run, then upwards. The rows of a chain then read

@@ -84,7 +84,8 @@ HEADER_WORDS = 32
     H_CHAINS,
     H_OFF_REPS,
     H_UNSHARED_TOKENS,
-) = (0, 1, 2, 5, *range(8, 31))
+    H_UNIQUE_TOKENS,
+) = (0, 1, 2, 5, *range(8, 32))
 ITEM_WORDS = 12
 FRAGMENT_WORDS = 2
 STEP_WORDS = 4
@@ -314,6 +315,7 @@ def lay_out(tree: SegmentTree, packing: Packing, shape: Shape, capacity: Capacit
     header[H_COARSENED] = packing.coarsened
     header[H_SPLITS] = packing.num_splits
     header[H_UNSHARED_TOKENS] = min(sum(tree.lens), 2**31 - 1)
+    header[H_UNIQUE_TOKENS] = min(tree.unique_tokens, 2**31 - 1)
     header[H_PLANNED_TOKENS] = min(items.planned_tokens, 2**31 - 1)
     header[H_SHARED_PACKS] = sum(not pack.is_tail for pack in packing.packs)
     header[H_PREDICTED_NS] = min(packing.predicted_ps // 1000, 2**31 - 1)

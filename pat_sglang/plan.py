@@ -66,7 +66,7 @@ def explain(words: Int32Array) -> str:
     saved = 1 - planned / max(unshared, 1)
     lines = [
         f"{header[layout.H_ROWS]} rows: {unshared} KV tokens without sharing, "
-        f"{_unique_tokens(tables)} unique, {planned} read ({saved:.1%} saved)",
+        f"{header[layout.H_UNIQUE_TOKENS]} unique, {planned} read ({saved:.1%} saved)",
         f"{len(tables.runs)} shared segments (position, length, parent):",
     ]
     lines += [
@@ -83,11 +83,6 @@ def explain(words: Int32Array) -> str:
             f"{len(tables.fragments)} fragments of {FRAGMENT_ROWS} query rows"
         )
     return "\n".join(lines)
-
-
-def _unique_tokens(tables: PlanTables) -> int:
-    private = int(tables.header[layout.H_UNSHARED_TOKENS]) - int(tables.tails[:, 1].sum())
-    return int(tables.runs[:, 1].sum()) + private
 
 
 def _items_by_tile(tables: PlanTables) -> dict[str, int]:
@@ -230,7 +225,7 @@ class DecodePlan:
         tables, header = self.tables, self.header
         return PlanStats(
             rows=header[layout.H_ROWS],
-            unique_tokens=_unique_tokens(tables),
+            unique_tokens=header[layout.H_UNIQUE_TOKENS],
             unshared_tokens=header[layout.H_UNSHARED_TOKENS],
             planned_tokens=header[layout.H_PLANNED_TOKENS],
             items=_items_by_tile(tables),

@@ -36,7 +36,6 @@ def split_tables(words: np.ndarray) -> dict[str, list[list[int]]]:
     """The tables of a plan; asserts that they lie one after the other, padded with zeros."""
     header = words[:32].tolist()
     assert header[layout.H_WORDS] == words.size
-    assert header[31:] == [0]
     rows = {
         "ITEMS": sum(header[layout.H_ITEM_COUNT : layout.H_ITEM_COUNT + len(TILE_ROWS)]),
         "FRAGMENTS": header[layout.H_FRAGMENTS],
@@ -235,6 +234,15 @@ def check_plan(
     tokens = sum(read.names.size for reads in planned for read in reads)
     assert tokens == header[layout.H_PLANNED_TOKENS]
     assert sum(batch.host_lens) == header[layout.H_UNSHARED_TOKENS]
+    unique = np.unique(np.concatenate([*names_of_rows(batch, batch.host_lens), []])).size
+    length = batch.forest.length
+    if all(
+        sum(length[node] for node in path) <= live
+        for path, live in zip(batch.path_of_row, batch.host_lens.tolist(), strict=True)
+    ):
+        assert unique == header[layout.H_UNIQUE_TOKENS]
+    else:  # the last node of a row that is shorter than its path is not shared with it
+        assert unique <= header[layout.H_UNIQUE_TOKENS] <= header[layout.H_UNSHARED_TOKENS]
 
 
 class Load(NamedTuple):

@@ -18,7 +18,7 @@ class Loader {
         tables_(tables),
         warp_(ptx::uniform(threadIdx.x / 32 % kWarps)),
         lane_(threadIdx.x % 32),
-        plan_slots_(tables.header(kHeaderSlots)),
+        plan_tokens_(tables.header(kHeaderUniqueTokens)),
         half_(ptx::uniform(threadIdx.x / kHalfThreads % kHalves)),
         first_half_(shared, 0),
         mine_(shared, half_),
@@ -69,12 +69,11 @@ class Loader {
     return piece % 2 == 1 && tokens >= (is_only_round ? kLongRun : kShortRun);
   }
 
-  /// Whether the plan's slots stand for so few K and V that what earlier kernels wrote can stay in L2 and
-  /// need not be written back while this one reads. A large plan displaces it anyhow, and had better
-  /// do so at once. NOTE: slots have room to grow, which counts: many short rows are a large plan.
+  /// Whether the plan has so few K and V that what earlier kernels wrote can stay in L2 and need not be
+  /// written back while this one reads. A large plan displaces it anyhow, and had better do so at once.
   __device__ __forceinline__ bool is_small() const {
     constexpr int64_t kTokenBytes = 2 * kHeadDim * sizeof(Element);
-    return int64_t{plan_slots_} * params_.num_kv_heads.value() < kSmallPlan / kTokenBytes;
+    return int64_t{plan_tokens_} * params_.num_kv_heads.value() < kSmallPlan / kTokenBytes;
   }
 
   /// Whether the first run is a tail that no other item reads and that L2 should give up first: in a
@@ -350,7 +349,7 @@ class Loader {
   const DecodeParams& params_;
   const Tables& tables_;
   const int warp_, lane_;
-  const int32_t plan_slots_;  // asked for before anything waits
+  const int32_t plan_tokens_;  // asked for before anything waits
   const int half_;
   const Half first_half_, mine_;
   const Pair pair_;

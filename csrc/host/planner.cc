@@ -212,6 +212,7 @@ int64_t Planner::plan(const Batch& batch, int32_t* out, int64_t out_words) {
   out[kHeaderSplits] = static_cast<int32_t>(counts.splits);
   const int64_t unshared = std::accumulate(tree_.lens(), tree_.lens() + num_rows, int64_t{0});
   out[kHeaderUnsharedTokens] = static_cast<int32_t>(std::min(unshared, kWordMax));
+  out[kHeaderUniqueTokens] = static_cast<int32_t>(std::min(tree_.unique_tokens(), kWordMax));
   out[kHeaderPlannedTokens] = static_cast<int32_t>(std::min(writer_.planned_tokens(), kWordMax));
   out[kHeaderSharedPacks] = packing.num_shared;
   out[kHeaderPredictedNs] = static_cast<int32_t>(std::min(packing.predicted_ps / 1000, kWordMax));
