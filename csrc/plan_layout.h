@@ -26,7 +26,7 @@ inline constexpr int32_t kItemWarps = 4;      // warps of an item, see pat_sglan
 inline constexpr int32_t kHeaderWords = 32;
 inline constexpr int32_t kTableAlign = 4;
 inline constexpr int32_t kHeaderRows = 0;
-inline constexpr int32_t kHeaderHorizon = 1;
+inline constexpr int32_t kHeaderSharedPacks = 1;
 inline constexpr int32_t kHeaderItemBegin = 2;  // [kNumTiles], first item of each tile
 inline constexpr int32_t kHeaderItemCount = 5;  // [kNumTiles], items of each tile
 inline constexpr int32_t kHeaderOffItems = 8;
@@ -36,7 +36,8 @@ inline constexpr int32_t kHeaderOffFragments = 11;
 inline constexpr int32_t kHeaderOffSteps = 12;
 inline constexpr int32_t kHeaderOffPartPtr = 13;
 inline constexpr int32_t kHeaderOffTails = 14;
-inline constexpr int32_t kHeaderRuns = 15;
+inline constexpr int32_t kHeaderUniqueTokens = 15;  // every shared one once
+// The kernels of a layer read no word from here on: one sector of L2 less.
 inline constexpr int32_t kHeaderParts = 16;
 inline constexpr int32_t kHeaderSlots = 17;
 inline constexpr int32_t kHeaderWordCount = 18;
@@ -45,14 +46,14 @@ inline constexpr int32_t kHeaderSharing = 20;
 inline constexpr int32_t kHeaderCoarsened = 21;
 inline constexpr int32_t kHeaderSplits = 22;
 inline constexpr int32_t kHeaderPlannedTokens = 23;
-inline constexpr int32_t kHeaderSharedPacks = 24;
+inline constexpr int32_t kHeaderHorizon = 24;
 inline constexpr int32_t kHeaderPredictedNs = 25;
 inline constexpr int32_t kHeaderFragments = 26;
 inline constexpr int32_t kHeaderSteps = 27;
 inline constexpr int32_t kHeaderChains = 28;  // items with fragments
 inline constexpr int32_t kHeaderOffReps = 29;
 inline constexpr int32_t kHeaderUnsharedTokens = 30;  // the sum of the rows' lengths
-inline constexpr int32_t kHeaderUniqueTokens = 31;    // every shared one once
+inline constexpr int32_t kHeaderRuns = 31;
 
 // Item: int32 [items, kItemWords], items of one tile side by side, heaviest first.
 // All rows of an item read its shared run: the first run, then upwards. The rows of a chain then read

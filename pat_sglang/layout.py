@@ -58,7 +58,7 @@ from .packing import (
 HEADER_WORDS = 32
 (
     H_ROWS,
-    H_HORIZON,
+    H_SHARED_PACKS,
     H_ITEM_BEGIN,  # one word a tile
     H_ITEM_COUNT,  # one word a tile
     H_OFF_ITEMS,
@@ -68,7 +68,7 @@ HEADER_WORDS = 32
     H_OFF_STEPS,
     H_OFF_PART_PTR,
     H_OFF_TAILS,
-    H_RUNS,
+    H_UNIQUE_TOKENS,  # the last word that kernels of a layer read
     H_PARTS,
     H_SLOTS,
     H_WORDS,
@@ -77,14 +77,14 @@ HEADER_WORDS = 32
     H_COARSENED,
     H_SPLITS,
     H_PLANNED_TOKENS,
-    H_SHARED_PACKS,
+    H_HORIZON,
     H_PREDICTED_NS,
     H_FRAGMENTS,
     H_STEPS,
     H_CHAINS,
     H_OFF_REPS,
     H_UNSHARED_TOKENS,
-    H_UNIQUE_TOKENS,
+    H_RUNS,
 ) = (0, 1, 2, 5, *range(8, 32))
 ITEM_WORDS = 12
 FRAGMENT_WORDS = 2
