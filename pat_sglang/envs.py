@@ -103,6 +103,13 @@ CACHE_DIR = EnvVar(
 DISABLE_JIT = EnvVar(
     "PAT_SGLANG_DISABLE_JIT", False, "0 or 1", _switch, "1: use the built kernels, never compile"
 )
+RACECHECK = EnvVar(
+    "PAT_SGLANG_RACECHECK",
+    False,
+    "0 or 1",
+    _switch,
+    "1: Hopper kernels whose barriers compute-sanitizer's racecheck can follow (slower)",
+)
 WORKSPACE_MIB = EnvVar(
     "PAT_SGLANG_WORKSPACE_MIB", 256, "a whole number above 0", _positive, "GPU memory cap, in MiB"
 )
@@ -115,6 +122,7 @@ TABLE: tuple[EnvVar[Any], ...] = (
     VALIDATE,
     CACHE_DIR,
     DISABLE_JIT,
+    RACECHECK,
     WORKSPACE_MIB,
 )
 

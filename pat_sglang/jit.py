@@ -73,10 +73,12 @@ class DeviceModule:
 
     def defines(self) -> tuple[str, ...]:
         """Compile-time answers: the kernels are told, they do not decide."""
+        every_lane = self.path == "sm90" and envs.RACECHECK.get()
         return (
             f"-DPAT_DTYPE_{self.dtype.upper()}=1",
             f"-DPAT_HEAD_DIM={self.head_dim}",
             f"-DPAT_PATH_{self.path.upper()}=1",
+            *(("-DPAT_EVERY_LANE_ARRIVES=1",) if every_lane else ()),
         )
 
 

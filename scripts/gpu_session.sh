@@ -3,7 +3,8 @@
 #
 # Here, before (needs no GPU; again after every change of csrc/):
 #   bash scripts/gpu_session.sh local        fills .carry/: PAT's kernels, streams, FlashInfer's modules, tvm-ffi, the commit
-#                                            (PAT_PATHS="sm90 sm80": the A100 kernels for this GPU too)
+#                                            (PAT_PATHS="sm90 sm80": the A100 kernels for this GPU too; "racecheck": those
+#                                            that `sanitize` takes for that tool)
 #   bash ../shared/gpu/make_bundle.sh .gpu-bundle          SGLang and the model in parts of 58 MiB
 #
 # There, one `run` after the other without a pause (the machine is given back after 30 idle seconds;
@@ -33,8 +34,8 @@
 #        carry [".carry"]                           bash scripts/gpu_session.sh serving
 #                                                   bash scripts/gpu_session.sh features   (likewise)
 #
-# Seconds it took on H100 hosts: parts 35 together, kernels 17, repeat 5 more than its budget, sanitize with synccheck alone 8,
-# bench --suite all 90 with all peers, regret 20, ablation 10, host 45.
+# Seconds it took on H100 hosts: parts 35 together, kernels 17, repeat 5 more than its budget, sanitize 8 with synccheck alone
+# and 60 for one of its four configurations with racecheck, bench --suite all 90 with all peers, regret 20, ablation 10, host 45.
 #
 # Whatever follows a subcommand goes to its Python script. Results land in results/ there and in $OUT,
 # which comes back: copy them to results/ here.
@@ -63,10 +64,12 @@ from pat_sglang import jit
 
 keep = {jit.build_host().parent, jit.build_stream().parent}
 for path in os.environ.get("PAT_PATHS", "sm90").split():
+    os.environ["PAT_SGLANG_RACECHECK"] = str(int(path == "racecheck"))
     for dtype in jit.SUPPORTED_DTYPES:
         for head_dim in jit.SUPPORTED_HEAD_DIMS:
             begin = time.time()
-            keep.add(jit.build("9.0a", dtype, head_dim, path).parent)
+            of = "sm90" if path == "racecheck" else path
+            keep.add(jit.build("9.0a", dtype, head_dim, of).parent)
             print(f"9.0a {dtype} d{head_dim} {path}: {time.time() - begin:.0f} s", flush=True)
 for built in keep:  # the same kernels of earlier sources are not carried
     for folder in built.parent.glob(f"{built.name.rpartition('-')[0]}-*"):
@@ -161,7 +164,8 @@ sanitize() {
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in ${PAT_SANITIZERS:-memcheck racecheck synccheck}; do
     echo "== $tool"
-    timeout "${PAT_SANITIZE_S:-150}" compute-sanitizer --tool "$tool" --kernel-regex kns=pat --error-exitcode 9 \
+    PAT_SGLANG_RACECHECK=$([ "$tool" = racecheck ] && echo 1 || echo 0) \
+      timeout "${PAT_SANITIZE_S:-150}" compute-sanitizer --tool "$tool" --kernel-name kns=pat --error-exitcode 9 \
       --print-limit 20 python3 scripts/gpu_kernel_check.py --sanitize "$@" 2>&1 | tee -a "$log" || status=$?
   done
   return $status

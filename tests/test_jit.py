@@ -57,12 +57,12 @@ def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return log
 
 
-def wanted(monkeypatch: pytest.MonkeyPatch, device: bool = True) -> str:
+def wanted(monkeypatch: pytest.MonkeyPatch, device: bool = True, path: str | None = None) -> str:
     """Folder name of the module that the sources ask for, by the message of a miss."""
     with monkeypatch.context() as patch:
         patch.setenv("PAT_SGLANG_DISABLE_JIT", "1")
         with pytest.raises(jit.BuildError) as error:
-            jit.build() if device else jit.build_host()
+            jit.build(path=path) if device else jit.build_host()
     return Path(str(error.value).split(" is missing")[0]).parent.name
 
 
@@ -101,6 +101,15 @@ def test_digest_follows_bytes_and_flags_not_paths(
 
     monkeypatch.setattr(jit, "_CUDA_FLAGS", (*jit._CUDA_FLAGS, "-DMORE"))
     assert wanted(monkeypatch) != device
+
+
+def test_kernels_for_racecheck_do_not_take_the_place_of_those_that_serve(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hopper, ampere = wanted(monkeypatch), wanted(monkeypatch, path="sm80")
+    monkeypatch.setenv("PAT_SGLANG_RACECHECK", "1")
+    assert wanted(monkeypatch) != hopper
+    assert wanted(monkeypatch, path="sm80") == ampere  # racecheck follows its barriers as they are
 
 
 def test_a_forbidden_miss_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

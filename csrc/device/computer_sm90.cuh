@@ -59,7 +59,7 @@ class Computer {
     QueryFragment q;
     load_query(q, mine_.q() + (is_narrow(box.tile()) ? 0 : warp_ * kSliceBytes));
     __syncwarp();
-    if (lane_ == 0) ptx::barrier_arrive(mine_.q_empty(), 1);
+    if (releases(lane_)) ptx::barrier_arrive(mine_.q_empty(), 1);
     RowBlock rows;
     rows.clear();
 #pragma unroll 1
@@ -219,7 +219,8 @@ class Computer {
     }
     __device__ void release(const Place& place, int is_v) const {
       __syncwarp();
-      ptx::barrier_arrive_if(computer_.lane_ == 0, half_of(place).entry_empty(place.stage + is_v),
+      ptx::barrier_arrive_if(releases(computer_.lane_),
+                             half_of(place).entry_empty(place.stage + is_v),
                              kReaders / kWarps >> both_);
     }
 
@@ -241,7 +242,7 @@ class Computer {
     // them once in some hundred layers.
     ptx::fence_proxy_async();
     __syncwarp();
-    if (lane_ == 0) ptx::barrier_arrive(pair_.slice_empty(stage_), 1);
+    if (releases(lane_)) ptx::barrier_arrive(pair_.slice_empty(stage_), 1);
     slices_.advance(stage_);
     stage_ = next_stage(stage_);
   }

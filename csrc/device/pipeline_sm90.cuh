@@ -33,6 +33,15 @@ inline constexpr int kWorkers = kHalves;           // of a block
 inline constexpr int kLoaderArrivals = 33;         // 32 lanes' copies, and lane 0's word about them
 inline constexpr int kReaders = kHalves * kWarps;  // of an entry, at most; its barrier counts them
 
+// Lanes of a warp that arrive when it has read something. Behind __syncwarp() one speaks for all, but
+// compute-sanitizer's racecheck only follows the lane that arrives: a build for it has all of them do so.
+#if defined(PAT_EVERY_LANE_ARRIVES)
+inline constexpr int kReleases = 32;
+#else
+inline constexpr int kReleases = 1;
+#endif
+__device__ __forceinline__ bool releases(int lane) { return kReleases == 32 || lane == 0; }
+
 inline constexpr int kHalfBytes = 113 * 1024;
 inline constexpr int kFit = kHalfBytes / kEntryBytes - 1;  // beside Q
 inline constexpr int kStages = kFit < 8 ? kFit : 8;
@@ -159,16 +168,16 @@ __device__ __forceinline__ void init_barriers(uint32_t shared) {
 #pragma unroll
   for (int s = 0; s < kStages; ++s) {
     ptx::barrier_init(pair.slice_full(s), kLoaderArrivals);
-    ptx::barrier_init(pair.slice_empty(s), 1);
+    ptx::barrier_init(pair.slice_empty(s), kReleases);
   }
 #pragma unroll 1
   for (int s = warp % kWarps; s < kStages; s += kWarps) {
     ptx::barrier_init(half.entry_full(s), kWarps * kLoaderArrivals);
-    ptx::barrier_init(half.entry_empty(s), kReaders);
+    ptx::barrier_init(half.entry_empty(s), kReaders * kReleases);
   }
   if (warp % kWarps == kWarps - 1) {
     ptx::barrier_init(half.q_full(), kWarps * kLoaderArrivals);
-    ptx::barrier_init(half.q_empty(), kWarps);
+    ptx::barrier_init(half.q_empty(), kWarps * kReleases);
   }
   ptx::fence_barrier_init();
 }
