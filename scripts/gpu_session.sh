@@ -165,7 +165,7 @@ sanitize() {
   for tool in ${PAT_SANITIZERS:-memcheck racecheck synccheck}; do
     echo "== $tool"
     PAT_SGLANG_RACECHECK=$([ "$tool" = racecheck ] && echo 1 || echo 0) \
-      timeout "${PAT_SANITIZE_S:-150}" compute-sanitizer --tool "$tool" --kernel-name kns=pat --error-exitcode 9 \
+      timeout "${PAT_SANITIZE_S:-300}" compute-sanitizer --tool "$tool" --kernel-name kns=pat --error-exitcode 9 \
       --print-limit 20 python3 scripts/gpu_kernel_check.py --sanitize "$@" 2>&1 | tee -a "$log" || status=$?
   done
   return $status
