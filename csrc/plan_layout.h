@@ -37,7 +37,7 @@ inline constexpr int32_t kHeaderOffSteps = 12;
 inline constexpr int32_t kHeaderOffPartPtr = 13;
 inline constexpr int32_t kHeaderOffTails = 14;
 inline constexpr int32_t kHeaderUniqueTokens = 15;  // every shared one once
-// The kernels of a layer read no word from here on: one sector of L2 less.
+// The kernels of a layer read no word from here on: they touch two sectors of L2.
 inline constexpr int32_t kHeaderParts = 16;
 inline constexpr int32_t kHeaderSlots = 17;
 inline constexpr int32_t kHeaderWordCount = 18;

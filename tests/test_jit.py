@@ -109,7 +109,7 @@ def test_kernels_for_racecheck_do_not_take_the_place_of_those_that_serve(
     hopper, ampere = wanted(monkeypatch), wanted(monkeypatch, path="sm80")
     monkeypatch.setenv("PAT_SGLANG_RACECHECK", "1")
     assert wanted(monkeypatch) != hopper
-    assert wanted(monkeypatch, path="sm80") == ampere  # racecheck follows its barriers as they are
+    assert wanted(monkeypatch, path="sm80") == ampere  # it has no mbarriers
 
 
 def test_a_forbidden_miss_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

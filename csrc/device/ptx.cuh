@@ -84,12 +84,7 @@ __device__ __forceinline__ void store_shared_f2(uint32_t address, float2 v) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 
-/// 16 bytes from global to shared memory, past L1.
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
-               : "memory");
-}
-/// The same, or zeros when not `valid` (nothing is read then).
+/// 16 bytes from global to shared memory, past L1, or zeros when not `valid` (nothing is read then).
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
