@@ -27,9 +27,9 @@ def pat_decode(
     """Decode attention of a planned batch: pack, forward, merge.
 
     Launches on the current stream, allocates nothing when ``out`` is given, and reads all counts
-    from the device: it can be captured in a CUDA graph once and replayed with later plans, of at
-    most as many rows as the captured q has. Calls with plans of one planner share its buffers: they
-    must not run at the same time on several streams.
+    from the device: it can be captured in a CUDA graph once and replayed with later plans. All
+    output is NaN if one has more rows than the captured q. Calls with plans of one planner share
+    its buffers: they must not run at the same time on several streams.
 
     Args:
         q: ``[padded_rows, q_heads, d]``, last two dimensions contiguous; rows beyond the plan's are

@@ -5,7 +5,7 @@
 // Upload: the blocks read pinned host memory themselves, which spares the way to the copy engine and
 // back and lets the next kernel start early.
 //
-// Fill, after a new plan: grid (rows + runs, kFreshBlocks); every run is gathered through its
+// Fill, after a new plan: grid (rows + runs, blocks that share one); every run is gathered through its
 // representative row and every tail from its start. It is a programmatic dependent of the upload: its
 // blocks are in place when the plan is. Otherwise: grid (rows, 1); only positions
 // [filled, seq_len) are copied, so a step the planner did not see heals itself.
@@ -23,8 +23,9 @@ namespace {
 constexpr int kUploadThreads = 256;
 constexpr int kUploadBlocks = 32;  // at most; their loads in flight are 512 KB
 constexpr int kFillThreads = 128;
-constexpr int kFreshBlocks = 8;  // blocks that share one run or tail
-constexpr int kInFlight = 4;     // loads of a thread
+// Blocks that share one run or tail of a new plan: the fewer there are, the longer they may be.
+constexpr uint32_t kFreshBlocks = 2048, kLeastBlocks = 8, kMostBlocks = 64;
+constexpr int kInFlight = 4;  // loads of a thread
 
 /// Elements first, first + stride, ... below `count`.
 template <typename T>
@@ -108,8 +109,10 @@ cudaError_t launch_upload(const void* from, int32_t* to, int32_t words, cudaStre
 
 cudaError_t launch_fill(const FillParams& params, bool after_upload, cudaStream_t stream) {
   const auto rows = static_cast<uint32_t>(params.rows);
-  const dim3 blocks = params.fresh ? dim3(rows + params.num_runs, kFreshBlocks) : dim3(rows);
-  if (blocks.x == 0) return cudaSuccess;
+  const uint32_t copies = params.fresh ? rows + static_cast<uint32_t>(params.num_runs) : rows;
+  if (copies == 0) return cudaSuccess;
+  const uint32_t share = std::clamp(kFreshBlocks / copies, kLeastBlocks, kMostBlocks);
+  const dim3 blocks(copies, params.fresh ? share : 1);
   return launch(fill_kernel, blocks, kFillThreads, 0,
                 after_upload ? Start::kEarly : Start::kInOrder, stream, params);
 }

@@ -2,7 +2,8 @@
 // The merge kernel: combines the partials of each (request row, query head) that has any.
 //
 // out = sum_i 2^(lse_i - max) o_i / sum_i 2^(lse_i - max), in the order of the parts. Rows with a single
-// work item were written by the forward kernel. Padding rows are set to zero. Block 0 resets the forward
+// work item were written by the forward kernel. Padding rows are set to zero. Everything becomes NaN when
+// the plan has more rows than q, of which the forward kernel computes nothing. Block 0 resets that
 // kernel's work counters, which is safe because launches of one stream run in order.
 //
 // It is a programmatic dependent of the forward kernel: its blocks start as those of the forward kernel
@@ -82,7 +83,8 @@ struct SharedStates {
   }
 };
 
-/// The parts of one pair of request row and query head; none: a padding row.
+/// The parts of one pair of request row and query head; none: a padding row, or, with a negative `begin`,
+/// one of a plan that has more rows than q.
 struct Pair {
   int32_t row, head, begin, end;
 };
@@ -98,14 +100,17 @@ class Pairs {
     const int32_t index = first + static_cast<int32_t>(threadIdx.x % 32) * stride;
     pair_.row = index / params.num_q_heads;
     pair_.head = index % params.num_q_heads;
-    const bool exists = pair_.row < params.rows_padded;
-    if (pair_.row < rows) {
+    const bool exists = pair_.row < params.rows_padded, fits = rows <= params.rows_padded;
+    if (!fits) {
+      pair_.begin = pair_.end = -1;
+    } else if (pair_.row < rows) {
       const int32_t* part_ptr = params.plan + part_ptr_offset + pair_.row;
       pair_.begin = ptx::load_l2(part_ptr);
       pair_.end = ptx::load_l2(part_ptr + 1);
     }
     // A row without parts was written by the forward kernel.
-    left_ = __ballot_sync(0xffffffffu, exists && (pair_.row >= rows || pair_.begin < pair_.end));
+    left_ = __ballot_sync(0xffffffffu,
+                          exists && (!fits || pair_.row >= rows || pair_.begin < pair_.end));
   }
 
   __device__ bool is_empty() const { return left_ == 0; }
@@ -126,6 +131,7 @@ __device__ __forceinline__ State combine(const DecodeParams& params, const Pair&
                                          int32_t first, int32_t stride) {
   const int lane = threadIdx.x % 32;
   State state;
+  if (pair.begin < 0) state.total = NAN;
 #pragma unroll 1
   for (int32_t batch = pair.begin + first; batch < pair.end; batch += kInFlight * stride) {
     float lse[kInFlight], values[kInFlight][kLaneValues];

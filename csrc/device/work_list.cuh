@@ -10,10 +10,13 @@ namespace pat {
 /// The `i`-th tile of a worker of this block.
 __device__ __forceinline__ TileWork tile_work(const DecodeParams& params, const Tables& tables,
                                               int i, int worker, int block_workers) {
+  // A graph may be replayed with a plan of more rows than its q has: the merge kernel says so.
+  const bool fits = tables.header(kHeaderRows) <= params.rows_padded;
   int32_t pieces[kNumTiles];
 #pragma unroll
   for (int tile = 0; tile < kNumTiles; ++tile) {
-    pieces[tile] = tables.header(kHeaderItemCount + tile) * params.num_kv_heads.value();
+    const int32_t items = tables.header(kHeaderItemCount + tile);
+    pieces[tile] = fits ? items * params.num_kv_heads.value() : 0;
   }
   const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
   return tile_work(pieces, Worker{block, blocks, worker, block_workers}, i);

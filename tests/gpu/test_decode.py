@@ -124,6 +124,45 @@ def test_graph_replay_with_changing_plans(make_planner):
         assert_close(out, case)
 
 
+@pytest.mark.parametrize("rows", [8, 90])  # the merge kernel takes eight warps a pair, or one
+def test_a_plan_with_more_rows_than_a_graph_is_nan(make_planner, rows):
+    heads, head_dim = (32, 8), 128
+    rng = np.random.default_rng(15)
+    planner = make_planner(*heads, head_dim)
+    fits, larger = (
+        cuda_case(heads, head_dim, *random_forest(rng, n, max_len=200)) for n in (rows, rows + 30)
+    )
+    beyond = torch.full((rows + 30, *fits.q.shape[1:]), 7.0, dtype=fits.q.dtype, device="cuda")
+    out = beyond[:rows]
+    plan = plan_case(planner, fits)
+    replay = captured(
+        lambda: pat_decode(
+            fits.q, fits.k_cache, fits.v_cache, plan, sm_scale=fits.sm_scale, out=out
+        )
+    )
+    replay()
+    assert_close(out, fits)
+    plan_case(planner, larger)
+    replay()
+    assert torch.isnan(out).all()
+    assert (beyond[rows:] == 7).all()
+    plan_case(planner, fits)
+    replay()
+    assert_close(out, fits)
+
+
+def test_slots_of_long_runs_and_tails(make_planner):
+    # Many blocks share one where there are few, and leave none of it out.
+    heads, head_dim = (8, 1), 64
+    for prompt, own, rows in ((70_000, 3, 2), (0, 120_001, 1), (513, 2_049, 30)):
+        forest = Forest(np.array([-1]), np.array([prompt])) if prompt else Forest.empty()
+        leaf = np.full(rows, 0 if prompt else -1, np.int32)
+        case = cuda_case(heads, head_dim, forest, leaf, np.full(rows, prompt + own))
+        plan_case(make_planner(*heads, head_dim), case).validate(
+            case.req_to_token, case.req_pool_indices, case.seq_lens
+        )
+
+
 def test_uploads_are_exact(make_planner):
     rng = np.random.default_rng(7)
     planner = make_planner(32, 8, 128)
