@@ -40,9 +40,10 @@ CHUNK_ALIGN = 64
 PART_SCALES = (1, 4, 16, 64)  # price of partials, raised until a plan fits the workspace
 MAX_PART_SCALE = 16_384  # beyond it no run is worth a partial, and sums would pass 64 bits
 STRIDE_FACTOR = 4  # how much farther apart stops are placed when no price is enough (2: slower)
-WALL_EIGHTHS = (0, 16, 12, 8, 6, 4, 2, 1)  # tried limits of an item's solo time, 1/8 of the mean
-NO_LIMIT = 1 << 100  # ps; eighths 0
+WALLS = (0, 32, 24, 16, 12, 8, 4, 2, 1)  # tried limits of an item's solo time, 1/16 of the mean
+NO_LIMIT = 1 << 100  # ps; wall 0
 PIECES_PER_SM = (2, 2, 1)  # work items of each tile that an SM computes side by side
+WAVES_IN_STEP = 8  # after so many waves, items of one length end at any time
 MAX_HORIZON = 256  # tokens
 
 
@@ -72,7 +73,7 @@ class Search:
 
     Attributes:
         chains: whether there may be chains.
-        wall_eighths: limits of a work item's solo time that are tried, in 1/8 of the mean; 0: none.
+        walls: limits of a work item's solo time that are tried, in 1/16 of the mean; 0: none.
         chain_rows: query rows of a chain's work items that are tried, largest first, and (unless
             sharing is "on") halvings of the last.
         tiles: indices of the tiles that may be used, ascending.
@@ -80,7 +81,7 @@ class Search:
     """
 
     chains: bool = True
-    wall_eighths: tuple[int, ...] = WALL_EIGHTHS
+    walls: tuple[int, ...] = WALLS
     chain_rows: tuple[int, ...] = (128, 64, 16)
     tiles: tuple[int, ...] = ALL_TILES
     without_chains: bool = True
@@ -245,9 +246,11 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
     short ones, and took up to 7 % longer (csrc/README.md). Where all items together fill at most
     half of the GPU, none shares its SM, and narrow ones, which wait for memory more than for the
     SM, last three quarters of their solo time. Items of one length run in waves, which
-    is the better bound when the GPU holds many of them at a time. Adding the longest solo time to
-    the mean of all work instead would be right only if the longest item started last: much too
-    pessimistic for long items that start first.
+    is the better bound when the GPU holds many of them at a time. They fall out of step: after many
+    waves the last of them ends about an eighth of its solo time behind the mean, as too few are
+    left by then to keep the memory busy (csrc/README.md). Adding the longest solo time to the mean
+    of all work instead would be right only if the longest item started last: much too pessimistic
+    for long items that start first.
 
     To be spared a sort, items are as long as each other if their solo times are in the same quarter
     octave; the last of them then starts behind all the others, and is the longest.
@@ -270,7 +273,10 @@ def predict(loads: list[Load], num_kv_heads: int, num_sms: int) -> int:
         last_ps = of_bucket_ps // sum(load.items for load in bucket)
         start_ps = (work_ps * num_kv_heads - last_ps) // num_sms
         waves = -(-of_bucket * num_kv_heads // (8 * num_sms))
-        end_ps = max(end_ps, min(start_ps + longest_ps, before_ps + waves * longest_ps))
+        done_ps = work_ps * num_kv_heads // num_sms
+        drain_ps = longest_ps // (8 * WAVES_IN_STEP) * min(waves, WAVES_IN_STEP)
+        by_wave_ps = min(start_ps + longest_ps, before_ps + waves * longest_ps)
+        end_ps = max(end_ps, by_wave_ps, done_ps + drain_ps)
     if eighths * num_kv_heads <= 4 * num_sms:
         at_once_ps = max(
             (load.solo_ps if load.tile else load.solo_ps * 3 // 4 for load in loads), default=0
@@ -683,7 +689,7 @@ def choose_split(
     packs: list[Pack],
     shape: Shape,
     pricer: _Pricer,
-    wall_eighths: tuple[int, ...],
+    walls: tuple[int, ...],
     horizon: int,
 ) -> tuple[int, _Split] | None:
     """Best of a few limits on the solo time of a work item: (predicted ps, split).
@@ -703,8 +709,8 @@ def choose_split(
     mean_ps = base_ps * shape.num_kv_heads // model.num_sms
     splitter = _Splitter(tree, pricer, horizon)
     best: tuple[int, _Split] | None = None
-    for eighths in wall_eighths:
-        split = splitter.split(packs, mean_ps * eighths // 8 if eighths else NO_LIMIT)
+    for wall in walls:
+        split = splitter.split(packs, mean_ps * wall // 16 if wall else NO_LIMIT)
         if split.parts > shape.max_parts or split.items > shape.max_items:
             continue
         predicted = predict(split.loads, shape.num_kv_heads, model.num_sms)
@@ -738,7 +744,7 @@ def _shared_split(
     best: tuple[int, _Split] | None = None
     for tried in (search, replace(search, chains=False)):
         packs = choose_packs(tree, _Pricer(shape, model, tried, part_scale), forced, stride)
-        found = choose_split(tree, packs, shape, true_pricer, search.wall_eighths, horizon)
+        found = choose_split(tree, packs, shape, true_pricer, search.walls, horizon)
         if found is not None and (best is None or found[0] < best[0]):
             best = found
         if not (search.without_chains and any(pack.is_chain for pack in packs)):
@@ -791,7 +797,7 @@ def pack_rows(
     if shape.sharing != "on" or chosen is None:
         pricer = _Pricer(shape, model, search, 1)
         packs = unshared_packs(tree)
-        alone = choose_split(tree, packs, shape, pricer, search.wall_eighths, horizon)
+        alone = choose_split(tree, packs, shape, pricer, search.walls, horizon)
         if alone is not None and (chosen is None or alone[0] <= chosen[0]):
             chosen, sharing = alone, False
     if chosen is None:

@@ -43,7 +43,7 @@ OPTIONS = [
     Option("fixed 128", Search(tiles=(2,))),
     Option("naive packing", Search(chains=False), "on", levels=0),
     Option("no chains", Search(chains=False)),
-    Option("no split", Search(wall_eighths=(0,))),
+    Option("no split", Search(walls=(0,))),
     Option("no sharing", sharing="off"),
 ]
 KEY = ("kind", "tree", "heads", "variant")

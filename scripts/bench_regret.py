@@ -25,7 +25,7 @@ from forests import regret_suite
 from gpu_common import Row, geomean
 from plan_lab import Bed, Candidate, Lab, Option
 
-from pat_sglang.packing import WALL_EIGHTHS, Search
+from pat_sglang.packing import WALLS, Search
 
 TILE_SETS = ((0, 1, 2), (0, 1), (0, 2), (0,))
 CHAIN_ROWS: tuple[tuple[int, ...], ...] = ((), (128,), (64,), (16,))  # (): no chains
@@ -42,10 +42,10 @@ def _search(wall: int, chain_rows: tuple[int, ...], tiles: tuple[int, ...]) -> S
 def sweep() -> list[Option]:
     """What is tried; the first is the planner as it is."""
     options = [Option("chosen")]
-    for wall, chain_rows, tiles in itertools.product(WALL_EIGHTHS, CHAIN_ROWS, TILE_SETS):
+    for wall, chain_rows, tiles in itertools.product(WALLS, CHAIN_ROWS, TILE_SETS):
         name = f"wall {wall} chain {chain_rows} tiles {tiles}"
         options.append(Option(name, _search(wall, chain_rows, tiles)))
-    for wall, chain_rows in itertools.product(WALL_EIGHTHS, CHAIN_ROWS):
+    for wall, chain_rows in itertools.product(WALLS, CHAIN_ROWS):
         search = _search(wall, chain_rows, TILE_SETS[0])
         name = f"wall {wall} chain {chain_rows}"
         options += [
@@ -55,7 +55,7 @@ def sweep() -> list[Option]:
         options.append(Option(f"{name} sharing on", search, "on"))
     options += [
         Option(f"wall {wall} sharing off", _search(wall, (), TILE_SETS[0]), "off")
-        for wall in WALL_EIGHTHS
+        for wall in WALLS
     ]
     return options
 

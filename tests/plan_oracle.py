@@ -261,7 +261,9 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
     As long as it: the same octave of the solo time, and the same quarter of it. What fits on the
     GPU side by side starts at once: 2, 2 or 1 items of the three tiles on each SM; up to the mean
     of all work it lasts an eighth longer. Narrow items last three quarters of their solo time when
-    all items together take no more than half of the GPU.
+    all items together take no more than half of the GPU. Where items of one length run in waves,
+    these fall out of step: the last ends 1/64 of its solo time for each of up to eight waves behind
+    the time when all work up to theirs could be done.
     """
     heads, num_sms = setup.shape.num_kv_heads, setup.model.num_sms
 
@@ -292,6 +294,7 @@ def bound_ps(loads: list[Load], setup: Setup) -> int:
             waves = math.ceil(share(same) / num_sms)
             ends = [(before - last) // num_sms + longest]
             ends.append((before - work) // num_sms + waves * longest)
+            end = max(end, before // num_sms + longest // 64 * min(waves, 8))
         end = max(end, min(ends))
     return end
 
@@ -388,7 +391,7 @@ class ChainCut(NamedTuple):
     predicted_ps: int
 
 
-def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
+def chain_cut(batch: Batch, setup: Setup, wall: int) -> ChainCut:
     """The best cut under one limit of a batch that is one chain and nothing else.
 
     All rows are on node 0, the only root; the other nodes are its children and end in two rows or
@@ -436,7 +439,7 @@ def chain_cut(batch: Batch, setup: Setup, eighths: int) -> ChainCut:
         fragments = -(-of_node * group // 16)
         a_token = model.token_ps[0] + (fragments - 1) * model.reread_ps[0]
         base += int(batch.forest.length[node]) * a_token + fragments * model.step_ps
-    limit = base * heads // model.num_sms * eighths // 8 if eighths else 10**18
+    limit = base * heads // model.num_sms * wall // 16 if wall else 10**18
     room = [max(limit // ps, 64) for ps in model.solo_token_ps]
 
     # Loads and whether the steps are within the limit, for a number of rows an item.

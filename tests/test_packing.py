@@ -31,7 +31,7 @@ from pat_sglang.forest import SegmentTree, build_segment_tree
 from pat_sglang.layout import PlanTables, capacity_for, lay_out
 from pat_sglang.packing import (
     MAX_HORIZON,
-    WALL_EIGHTHS,
+    WALLS,
     Load,
     Pack,
     Packing,
@@ -165,10 +165,10 @@ def test_search_narrows_the_plan(data: st.DataObject) -> None:
     setup = generous(batch, group, sharing=sharing, model=data.draw(models))
 
     every_wall = [
-        packing_of(batch, setup, Search(wall_eighths=(e,))).predicted_ps for e in WALL_EIGHTHS
+        packing_of(batch, setup, Search(walls=(e,))).predicted_ps for e in WALLS
     ]
     assert packing_of(batch, setup).predicted_ps == min(every_wall)
-    assert words_of(batch, setup, Search(wall_eighths=(0,)))[layout.H_SPLITS] == 0
+    assert words_of(batch, setup, Search(walls=(0,)))[layout.H_SPLITS] == 0
 
     plain = words_of(batch, setup, PLAIN)
     assert plain[layout.H_CHAINS] == plain[layout.H_STEPS] == plain[layout.H_FRAGMENTS] == 0
@@ -221,10 +221,10 @@ def test_a_chain_has_the_rows_an_item_of_least_work(data: st.DataObject) -> None
     model = replace(data.draw(models), part_ps=data.draw(st.sampled_from((100_000, 2_000_000))))
     heads, sharing = data.draw(st.sampled_from((1, 8))), data.draw(st.sampled_from(("auto", "on")))
     setup = generous(batch, group, heads, sharing, model)
-    eighths = data.draw(st.sampled_from(WALL_EIGHTHS))
-    search = Search(wall_eighths=(eighths,), without_chains=False)
+    wall = data.draw(st.sampled_from(WALLS))
+    search = Search(walls=(wall,), without_chains=False)
     packing = packing_of(batch, setup, search)
-    wanted = chain_cut(batch, setup, eighths)
+    wanted = chain_cut(batch, setup, wall)
     shared = [i for i, pack in enumerate(packing.packs) if not pack.is_tail]
     packs = [packing.packs[i] for i in shared]
     # Not if packs that are no chains cost less, or reading without sharing is faster.
@@ -378,7 +378,7 @@ def test_short_root_is_taken_along_by_the_groups_below() -> None:
         ([(2, 10, 511, 1000), (2, 10, 447, 2000)], 1, 1000 // 10 + 447),
         ([(2, 9, 900, 900), (1, 2, 500, 100)], 1, 900),  # two share the SM that is left
         ([(2, 9, 900, 900), (1, 3, 500, 9000)], 1, 900 + 112),
-        ([(2, 9, 900, 900), (1, 3, 500, 9900)], 1, 10800 // 10),
+        ([(2, 9, 900, 900), (1, 3, 500, 9900)], 1, 10800 // 10 + 500 // 64),
         ([(0, 20, 1, 80), (0, 20, 9, 80)], 1, 2 * 9),  # up to 9 ps one bucket
         # Narrow items that have their SM to themselves.
         ([(0, 10, 500, 100)], 1, 375),
@@ -391,6 +391,12 @@ def test_short_root_is_taken_along_by_the_groups_below() -> None:
         ([(1, 10, 500, 100)], 1, 500),  # wide ones have their tensor cores to wait for
         ([(2, 20, 500, 9000)], 1, 2 * 500),  # two waves
         ([(2, 10, 900, 2000), (2, 20, 500, 9000)], 1, 2000 // 10 + 2 * 500),
+        # Out of step after many waves: the last ends an eighth of its time behind all work.
+        ([(2, 80, 640, 90_000)], 1, 9000 + 80),
+        ([(2, 200, 640, 2_000_000)], 4, 800_000 + 80),
+        ([(0, 79, 640, 90_000)], 1, 9000 + 40),  # four waves, two a SM
+        ([(2, 20, 640, 90_000)], 1, 9000 + 20),
+        ([(2, 80, 640, 90_000), (2, 10, 10, 10)], 1, 9000 + 80),
     ],
 )
 def test_items_start_at_once_or_behind_the_longer_ones(
@@ -447,7 +453,7 @@ def test_a_chain_gives_way_to_items_side_by_side() -> None:
     for num_sms, solo in ((1, 100 + 100 * 2 + 200 * 2), (1000, (100 + 100 * 2) * 3 // 4)):
         model = replace(ROUND, num_sms=num_sms)
         setup = generous(batch, group=1, heads=1, sharing="on", model=model)
-        uncut = Search(wall_eighths=(0,))
+        uncut = Search(walls=(0,))
         packing = packing_of(batch, setup, uncut)
         has_chains = any(pack.is_chain for pack in packing.packs)
         assert has_chains == (num_sms == 1)
@@ -464,7 +470,7 @@ def test_a_chain_wins_a_tie() -> None:
     model = replace(ROUND, num_sms=10**6)
     setup = generous(batch, group=1, heads=1, sharing="on", model=model)
     with_chains, without = (
-        packing_of(batch, setup, Search(chains=chains, wall_eighths=(0,)))
+        packing_of(batch, setup, Search(chains=chains, walls=(0,)))
         for chains in (True, False)
     )
     assert with_chains.predicted_ps == without.predicted_ps == (100 + 100 * 2) * 3 // 4
@@ -480,9 +486,9 @@ def test_a_chain_that_lost_its_steps_is_a_plain_pack() -> None:
     ):
         batch = make_batch(parent, length, leaves, lens)
         setup = generous(batch, sharing="on", model=CHAINY)
-        search = Search(wall_eighths=(4,), without_chains=False)
+        search = Search(walls=(8,), without_chains=False)
         packing = packing_of(batch, setup, search)
-        wanted = chain_cut(batch, setup, 4)
+        wanted = chain_cut(batch, setup, 8)
         assert wanted.separated == set(range(20))
         assert packing.predicted_ps == wanted.predicted_ps
         assert packing.packs[0].is_chain == chains
@@ -504,7 +510,7 @@ def test_narrow_items_when_they_are_less_work(
     # 32 + 34. At 100 ps and 100 tokens 8 narrow ones are as much work as a wide one, which wins.
     batch = make_batch([-1], [shared], [0] * 32, [shared + 10] * 32)
     setup = generous(batch, heads=1, model=replace(ROUND, item_ps=(narrow_ps, 900, 1500)))
-    search = Search(wall_eighths=(0,))
+    search = Search(walls=(0,))
     packing = packing_of(batch, setup, search)
     (cut,) = packing.cuts
     assert cut.rows_per_item == rows_per_item
@@ -515,7 +521,10 @@ def test_narrow_items_when_they_are_less_work(
         else (1500 + 3 * shared, 300 + shared * 2 + 4 * 8 * 10 * 2)
     )
     work += 32 * (10 * 3 + 7)
-    assert packing.predicted_ps == max(work, solo) == work  # eight narrow items are four waves
+    # Eight narrow items are four waves.
+    behind = 4 * (solo // 4 // 64) if rows_per_item == 4 else 0
+    assert max(work, solo) == work
+    assert packing.predicted_ps == work + behind
     check_plan(words_of(batch, setup, search), batch, 4)
 
 
@@ -523,7 +532,7 @@ def test_rows_of_a_chain_are_depth_first() -> None:
     # Rows alternate between two groups; a chain puts each group's rows side by side.
     lens = [300, 340, 300, 340, 205]
     batch = make_batch([-1, 0, 0], [200, 50, 90], [1, 2, 1, 2, 0], lens)
-    setup, uncut = generous(batch, group=3, heads=1, model=ROUND), Search(wall_eighths=(0,))
+    setup, uncut = generous(batch, group=3, heads=1, model=ROUND), Search(walls=(0,))
     (pack,) = packing_of(batch, setup, uncut).packs
     assert pack.is_chain
     assert pack.rows == (0, 2, 1, 3, 4)
@@ -569,8 +578,8 @@ def test_long_private_steps_get_smaller_items() -> None:
     # 4 x 320 tokens x 2 ps are within 4/8 of the mean (30 + 3000 + 32 x 127 ps), not within 2/8.
     batch = make_batch([-1], [1000], [0] * 32, [1040] * 32)
     setup = generous(batch, heads=1, model=ROUND, sharing="on")
-    for eighths, rows_per_item in ((4, 32), (2, 16)):
-        search = Search(wall_eighths=(eighths,))
+    for wall, rows_per_item in ((8, 32), (4, 16)):
+        search = Search(walls=(wall,))
         (cut,) = packing_of(batch, setup, search).cuts
         assert cut.rows_per_item == rows_per_item
         assert not cut.separated

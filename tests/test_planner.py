@@ -342,11 +342,12 @@ def test_packing_constants_are_the_same_in_both_languages() -> None:
     assert found["MinChunk"] == packing.MIN_CHUNK
     assert found["ChunkAlign"] == packing.CHUNK_ALIGN
     assert found["MaxHorizon"] == packing.MAX_HORIZON
+    assert found["WavesInStep"] == packing.WAVES_IN_STEP
     assert found["StrideFactor"] == packing.STRIDE_FACTOR
     assert found["MaxPartScale"] == packing.MAX_PART_SCALE
     text = "".join(path.read_text() for path in files)
     lists = dict(re.findall(r"constexpr int\w* k(\w+)\[\] = \{(.*)\};", text))
     assert tuple(map(int, lists["PiecesPerSm"].split(","))) == packing.PIECES_PER_SM
     assert tuple(map(int, lists["PartScales"].split(","))) == packing.PART_SCALES
-    assert tuple(map(int, lists["WallEighths"].split(","))) == packing.WALL_EIGHTHS
+    assert tuple(map(int, lists["Walls"].split(","))) == packing.WALLS
     assert tuple(map(int, lists["ChainRows"].split(","))) == packing.Search().chain_rows

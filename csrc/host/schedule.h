@@ -12,6 +12,7 @@
 namespace pat {
 
 inline constexpr int32_t kPiecesPerSm[] = {2, 2, 1};  // work items of each tile side by side
+inline constexpr int32_t kWavesInStep = 8;            // after so many items end at any time
 
 // (a * b - less) / c of non-negative values; the product of a step's picoseconds and the KV heads
 // may pass 64 bits for lengths near 2^31.
@@ -63,7 +64,10 @@ class Schedule {
           __builtin_add_overflow(in_waves_ps, before_ps, &in_waves_ps)) {
         in_waves_ps = INT64_MAX;
       }
-      end_ps = std::max(end_ps, std::min(start_ps + bucket.longest_ps, in_waves_ps));
+      const int64_t drain_ps = bucket.longest_ps / (8 * kWavesInStep) *
+                               std::min<int64_t>(waves, kWavesInStep);
+      end_ps = std::max({end_ps, std::min(start_ps + bucket.longest_ps, in_waves_ps),
+                         mul_div(work_ps, num_kv_heads, num_sms) + drain_ps});
     }
     if (eighths * num_kv_heads <= 4 * num_sms) {  // none shares its SM
       at_once_ps = std::max(longest_wide_ps_, mul_div(longest_narrow_ps_, 3, 4));

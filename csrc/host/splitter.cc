@@ -6,7 +6,7 @@
 namespace pat {
 namespace {
 
-constexpr int32_t kWallEighths[] = {0, 16, 12, 8, 6, 4, 2, 1};  // 0: no cut at all
+constexpr int32_t kWalls[] = {0, 32, 24, 16, 12, 8, 4, 2, 1};  // 0: no cut at all
 constexpr int32_t kChainRows[] = {128, 64, 16};                 // query rows of a chain's items
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
@@ -27,11 +27,11 @@ Splitter::Splitter(const Shape& shape, const CostModel& model, const PriceTable&
   }
 }
 
-Splitter::Room Splitter::room_for(int64_t mean_ps, int32_t eighths) const {
-  const int64_t limit_ps = mul_div(mean_ps, eighths, 8);
+Splitter::Room Splitter::room_for(int64_t mean_ps, int32_t wall) const {
+  const int64_t limit_ps = mul_div(mean_ps, wall, 16);
   Room room;
   const auto tokens_at = [&](int64_t token_ps, int64_t least) {
-    return eighths == 0 ? INT64_MAX : std::max(limit_ps / token_ps, least);
+    return wall == 0 ? INT64_MAX : std::max(limit_ps / token_ps, least);
   };
   for (int32_t k = 0; k < kNumTiles; ++k) {
     room.tokens[k] = tokens_at(model_.solo_token_ps[k], kMinChunk);
@@ -294,9 +294,9 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
 
   sum_whole_tails();
   std::optional<Split> best;
-  for (const int32_t eighths : kWallEighths) {
-    const Room room = room_for(mean_ps, eighths);
-    if (eighths != 0 && decides_as_before(room)) continue;
+  for (const int32_t wall : kWalls) {
+    const Room room = room_for(mean_ps, wall);
+    if (wall != 0 && decides_as_before(room)) continue;
 
     within_ = {};
     is_cut_ = false;
@@ -313,7 +313,7 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
       break;
     }
     const int64_t predicted_ps = schedule_.predict(shape_.num_kv_heads, model_.num_sms);
-    if (!best || predicted_ps < best->predicted_ps) best = Split{predicted_ps, eighths, mean_ps};
+    if (!best || predicted_ps < best->predicted_ps) best = Split{predicted_ps, wall, mean_ps};
     const int64_t balanced_ps = mul_div(sums.work_ps, shape_.num_kv_heads, model_.num_sms);
     if (num_chains == 0 && (balanced_ps >= best->predicted_ps || balanced_ps > give_up_ps)) break;
   }
@@ -322,7 +322,7 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
 
 void Splitter::apply(const SegmentTree& tree, const Split& split, Packing& packing) {
   const int32_t num_rows = tree.num_rows(), num_shared = packing.num_shared;
-  const Room room = room_for(split.mean_ps, split.eighths);
+  const Room room = room_for(split.mean_ps, split.wall);
   int32_t* chunk = packing.chunk.fit(num_shared + num_rows);
   int32_t* num_chunks = packing.num_chunks.fit(num_shared + num_rows);
   const auto store = [&](int32_t i, const Cut& c) {

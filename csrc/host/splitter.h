@@ -18,10 +18,10 @@ namespace pat {
 inline constexpr int32_t kMinChunk = 64;
 inline constexpr int32_t kChunkAlign = 64;
 
-/// A limit on the solo time of work items (in 1/8 of the mean, 0: none), and what it leads to.
+/// A limit on the solo time of work items (in 1/16 of the mean, 0: none), and what it leads to.
 struct Split {
   int64_t predicted_ps;
-  int32_t eighths;
+  int32_t wall;
   int64_t mean_ps;
 };
 
@@ -81,7 +81,7 @@ class Splitter {
     int64_t work_ps = 0;  // with the plain chunks
   };
 
-  Room room_for(int64_t mean_ps, int32_t eighths) const;
+  Room room_for(int64_t mean_ps, int32_t wall) const;
   bool decides_as_before(const Room& room) const;
   Cut cut(int64_t tokens, int32_t tile, const Room& room);
   Cut cut_tail(int64_t tokens, const Room& room, int32_t horizon);

@@ -327,7 +327,7 @@ def test_a_planner_that_is_dropped_while_its_upload_waits(make_planner):
 @pytest.mark.parametrize("heads", [(32, 8), (64, 8), (8, 1)])
 def test_a_row_of_very_many_parts(make_planner, heads):
     # Eight warps merge a row, in several batches each.
-    lens = np.array([40_000])
+    lens = np.array([60_000])
     case = cuda_case(heads, 128, Forest.empty(), np.full(1, -1), lens)
     plan = plan_case(make_planner(*heads, 128), case)
     assert heads != (8, 1) or plan.stats.partial_slots > 128
