@@ -54,8 +54,7 @@ def sweep() -> list[Option]:
         ]
         options.append(Option(f"{name} sharing on", search, "on"))
     options += [
-        Option(f"wall {wall} sharing off", _search(wall, (), TILE_SETS[0]), "off")
-        for wall in WALLS
+        Option(f"wall {wall} sharing off", _search(wall, (), TILE_SETS[0]), "off") for wall in WALLS
     ]
     return options
 

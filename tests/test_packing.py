@@ -164,9 +164,7 @@ def test_search_narrows_the_plan(data: st.DataObject) -> None:
     sharing = data.draw(st.sampled_from(("auto", "on")))
     setup = generous(batch, group, sharing=sharing, model=data.draw(models))
 
-    every_wall = [
-        packing_of(batch, setup, Search(walls=(e,))).predicted_ps for e in WALLS
-    ]
+    every_wall = [packing_of(batch, setup, Search(walls=(e,))).predicted_ps for e in WALLS]
     assert packing_of(batch, setup).predicted_ps == min(every_wall)
     assert words_of(batch, setup, Search(walls=(0,)))[layout.H_SPLITS] == 0
 
@@ -470,8 +468,7 @@ def test_a_chain_wins_a_tie() -> None:
     model = replace(ROUND, num_sms=10**6)
     setup = generous(batch, group=1, heads=1, sharing="on", model=model)
     with_chains, without = (
-        packing_of(batch, setup, Search(chains=chains, walls=(0,)))
-        for chains in (True, False)
+        packing_of(batch, setup, Search(chains=chains, walls=(0,))) for chains in (True, False)
     )
     assert with_chains.predicted_ps == without.predicted_ps == (100 + 100 * 2) * 3 // 4
     assert [pack.is_chain for pack in with_chains.packs] == [True]

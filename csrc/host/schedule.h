@@ -64,8 +64,8 @@ class Schedule {
           __builtin_add_overflow(in_waves_ps, before_ps, &in_waves_ps)) {
         in_waves_ps = INT64_MAX;
       }
-      const int64_t drain_ps = bucket.longest_ps / (8 * kWavesInStep) *
-                               std::min<int64_t>(waves, kWavesInStep);
+      const int64_t drain_ps =
+          bucket.longest_ps / (8 * kWavesInStep) * std::min<int64_t>(waves, kWavesInStep);
       end_ps = std::max({end_ps, std::min(start_ps + bucket.longest_ps, in_waves_ps),
                          mul_div(work_ps, num_kv_heads, num_sms) + drain_ps});
     }

@@ -7,7 +7,7 @@ namespace pat {
 namespace {
 
 constexpr int32_t kWalls[] = {0, 32, 24, 16, 12, 8, 4, 2, 1};  // 0: no cut at all
-constexpr int32_t kChainRows[] = {128, 64, 16};                 // query rows of a chain's items
+constexpr int32_t kChainRows[] = {128, 64, 16};                // query rows of a chain's items
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
