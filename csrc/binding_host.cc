@@ -78,7 +78,7 @@ struct PlanFunction {
 ffi::Array<ffi::Function> create_planner(const ffi::Array<int64_t>& shape,
                                          const ffi::Array<int64_t>& model,
                                          const ffi::Array<int64_t>& capacity) {
-  constexpr size_t kModelWords = 4 + 5 * pat::kNumTiles;
+  constexpr size_t kModelWords = 5 + 5 * pat::kNumTiles;
   if (shape.size() != 5 || model.size() != kModelWords || capacity.size() != 2) {
     TVM_FFI_THROW(ValueError) << "create_planner takes 5 shape, " << kModelWords
                               << " model and 2 capacity values, got " << shape.size() << ", "
@@ -104,7 +104,8 @@ ffi::Array<ffi::Function> create_planner(const ffi::Array<int64_t>& shape,
   }
   costs.private_token_ps = model[at++];
   costs.part_ps = model[at++];
-  costs.step_ps = model[at];
+  costs.step_ps = model[at++];
+  costs.merge_ps = model[at];
   try {
     auto failure = std::make_shared<std::string>();
     auto planner =

@@ -45,7 +45,7 @@ _CONSTANTS: tuple[tuple[str, int | None], ...] = (
         for tile in ALL_TILES
     ),
     ("token_ps", 1), ("token_ps", 2),  # that of the narrow tile is the bandwidth
-    ("private_token_ps", None), ("part_ps", None), ("step_ps", None),
+    ("private_token_ps", None), ("part_ps", None), ("step_ps", None), ("merge_ps", None),
 )  # fmt: skip
 _FACTORS = (0.5, 0.65, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0)
 

@@ -53,6 +53,7 @@ class CostModel:
             token; a warp alone takes ITEM_WARPS times as long.
         part_ps: SM time to write and merge one partial of one query row.
         step_ps: SM time of one private step of a chain before its first token.
+        merge_ps: how much later a step ends if there is any partial to merge.
         provenance: where the numbers come from.
     """
 
@@ -65,6 +66,7 @@ class CostModel:
     private_token_ps: int
     part_ps: int
     step_ps: int
+    merge_ps: int
     provenance: str
 
     def scaled_to(self, head_dim: int) -> CostModel:
@@ -84,6 +86,7 @@ class CostModel:
             private_token_ps=max(1, self.private_token_ps * head_dim // 128),
             part_ps=max(1, self.part_ps * head_dim // 128),
             step_ps=self.step_ps,
+            merge_ps=self.merge_ps,
             provenance=self.provenance,
         )
 
@@ -99,6 +102,7 @@ class CostModel:
             self.private_token_ps,
             self.part_ps,
             self.step_ps,
+            self.merge_ps,
         ]
 
 
@@ -112,9 +116,11 @@ H100 = CostModel(
     private_token_ps=27_200,
     part_ps=48_700,
     step_ps=271_000,
+    merge_ps=1_000_000,
     provenance="H100 SXM 80 GB, 2026-11-22: 10,000 plans of 18 trees, 9 unshared batches and 9 "
     "random forests at five head layouts timed, then random descent on those times; the solo times "
-    "are those of items that share their SM with others",
+    "are those of items that share their SM with others; merge_ps by hand, 2026-11-23, by tree 5 at 16/8 "
+    "with and without partials (results/ablation-h100.jsonl)",
 )
 H200 = replace(H100, provenance="those of the H100; not fitted on an H200")
 A100 = CostModel(
@@ -127,6 +133,7 @@ A100 = CostModel(
     private_token_ps=24_000,
     part_ps=120_000,
     step_ps=H100.step_ps,
+    merge_ps=H100.merge_ps,
     provenance="scaled from H100 by bandwidth and tensor-core rate; not measured on A100",
 )
 

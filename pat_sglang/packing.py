@@ -714,6 +714,7 @@ def choose_split(
         if split.parts > shape.max_parts or split.items > shape.max_items:
             continue
         predicted = predict(split.loads, shape.num_kv_heads, model.num_sms)
+        predicted += model.merge_ps if split.parts else 0
         if best is None or predicted < best[0]:
             best = (predicted, split)
     return best

@@ -22,6 +22,7 @@ MODEL = CostModel(
     private_token_ps=4_500,
     part_ps=83_000,
     step_ps=100_000,
+    merge_ps=1_000_000,
     provenance="for tests",
 )
 # Partials are dear and steps are free: chains wherever they are possible, on any GPU.

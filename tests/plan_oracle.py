@@ -380,7 +380,7 @@ def predicted_ps(words: np.ndarray, batch: Batch, setup: Setup) -> int:
             if counts[kind]:
                 solo += private * model.private_token_ps
                 loads.append(Load(kind, counts[kind], solo, works[kind]))
-    return bound_ps(loads, setup)
+    return bound_ps(loads, setup) + (model.merge_ps if header[layout.H_PARTS] else 0)
 
 
 class ChainCut(NamedTuple):
@@ -442,7 +442,8 @@ def chain_cut(batch: Batch, setup: Setup, wall: int) -> ChainCut:
     limit = base * heads // model.num_sms * wall // 16 if wall else 10**18
     room = [max(limit // ps, 64) for ps in model.solo_token_ps]
 
-    # Loads and whether the steps are within the limit, for a number of rows an item.
+    # For a number of rows an item: loads, whether the steps are within the limit, and whether the
+    # shared run is cut.
     most = max(limit // (4 * model.private_token_ps), 64)  # of a warp alone
     separated = {row for row, tail in enumerate(tails) if tail > most}
     own = [
@@ -451,7 +452,7 @@ def chain_cut(batch: Batch, setup: Setup, wall: int) -> ChainCut:
         for row in range(rows)
     ]
 
-    def chain(rows_per_item: int) -> tuple[list[Load], bool]:
+    def chain(rows_per_item: int) -> tuple[list[Load], bool, bool]:
         work, private, seen = 0, 0, set()
         for first in range(0, rows, rows_per_item):
             query_rows = np.repeat(range(first, min(first + rows_per_item, rows)), group).tolist()
@@ -476,7 +477,8 @@ def chain_cut(batch: Batch, setup: Setup, wall: int) -> ChainCut:
         work += (rows if chunks > 1 else len(separated)) * group * model.part_ps
         solo = model.solo_item_ps[kind] + last * model.solo_token_ps[kind]
         private_ps = private * model.private_token_ps
-        return [*loads, Load(kind, items, solo + private_ps, work)], private_ps <= limit
+        of_items = Load(kind, items, solo + private_ps, work)
+        return [*loads, of_items], private_ps <= limit, chunks > 1
 
     if any(own):
         tries = [rows // group for rows in (128, 64, 16) if rows >= group]
@@ -488,9 +490,9 @@ def chain_cut(batch: Batch, setup: Setup, wall: int) -> ChainCut:
         cuts = {m: chain(m) for m in tries}
         within = [m for m in tries if cuts[m][1]] or tries[-1:]
         chosen = min(within, key=lambda m: (sum_of(cuts[m][0]), -m))
-        loads = cuts[chosen][0]
+        loads, _, has_parts = cuts[chosen]
     else:
-        chosen = 0
+        chosen, has_parts = 0, True
         chunk, chunks = cut(shared, room[tiles(rows * group)[0]])
         loads = plain(rows, shared, chunk, chunks)
     for row in separated:
@@ -499,4 +501,5 @@ def chain_cut(batch: Batch, setup: Setup, wall: int) -> ChainCut:
         beyond = tails[row] + horizon - chunks * chunk
         if chunks > 1 and beyond > chunk / 4:  # otherwise the last chunk takes it
             loads += plain(1, 0, 0, -(-beyond // chunk))
-    return ChainCut(chosen, separated, bound_ps(loads, setup))
+    merge_ps = model.merge_ps if has_parts or separated else 0
+    return ChainCut(chosen, separated, bound_ps(loads, setup) + merge_ps)

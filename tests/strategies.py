@@ -177,6 +177,7 @@ models = st.one_of(
         private_token_ps=st.integers(1, 200_000),
         part_ps=st.integers(1, 500_000),
         step_ps=st.one_of(st.integers(1, 1000), st.integers(1, 1_000_000)),
+        merge_ps=st.integers(1, 4_000_000),
         provenance=st.just("random"),
     ),
 )

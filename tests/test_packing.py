@@ -410,7 +410,7 @@ def test_items_start_at_once_or_behind_the_longer_ones(
 ROUND = CostModel(
     num_sms=1, item_ps=(10, 20, 30), token_ps=(3, 3, 3), reread_ps=(1, 1, 1),
     solo_item_ps=(100, 200, 300), solo_token_ps=(2, 2, 2), private_token_ps=2, part_ps=1000,
-    step_ps=7, provenance="for tests",
+    step_ps=7, merge_ps=50, provenance="for tests",
 )  # fmt: skip
 
 
@@ -445,32 +445,37 @@ def test_forced_chains_do_share(group: int) -> None:
 
 
 def test_a_chain_gives_way_to_items_side_by_side() -> None:
-    # A chain saves partials, worth their price on one SM; on many SMs a tail is read meanwhile.
-    # Either way all items start at once.
+    # A chain saves partials, worth their price on one SM; on many SMs a tail is read meanwhile,
+    # unless merging takes longer than that. Either way all items start at once.
     batch = make_batch([-1], [100], [0, 0], [200, 200])
-    for num_sms, solo in ((1, 100 + 100 * 2 + 200 * 2), (1000, (100 + 100 * 2) * 3 // 4)):
-        model = replace(ROUND, num_sms=num_sms)
+    long, short = 100 + 100 * 2 + 200 * 2, 100 + 100 * 2
+    for num_sms, merge_ps, solo in (
+        (1, 50, long), (1000, 50, short * 3 // 4), (1000, 500, long * 3 // 4),
+    ):  # fmt: skip
+        model = replace(ROUND, num_sms=num_sms, merge_ps=merge_ps)
         setup = generous(batch, group=1, heads=1, sharing="on", model=model)
         uncut = Search(walls=(0,))
         packing = packing_of(batch, setup, uncut)
         has_chains = any(pack.is_chain for pack in packing.packs)
-        assert has_chains == (num_sms == 1)
+        assert has_chains == (num_sms == 1 or merge_ps == 500)
         parts = 0 if has_chains else 4
         items, steps = (1, 2) if has_chains else (3, 0)
         work = items * 10 + 300 * 3 + parts * 1000 + steps * 7
-        assert packing.predicted_ps == max(work // num_sms, solo)
+        merge = merge_ps if parts else 0
+        assert packing.predicted_ps == max(work // num_sms, solo) + merge
         check_plan(words_of(batch, setup, uncut), batch, 1)
 
 
 def test_a_chain_wins_a_tie() -> None:
-    # Tails of no token take no time beside the shared run, and everything else rounds to nothing.
-    batch = make_batch([-1], [100], [0, 0], [100, 100])
+    # Tails of no token take no time beside the last chunk of the shared run, everything else rounds
+    # to nothing, and the run is cut in two, so that either way there are partials to merge.
+    batch = make_batch([-1], [128], [0, 0], [128, 128])
     model = replace(ROUND, num_sms=10**6)
     setup = generous(batch, group=1, heads=1, sharing="on", model=model)
     with_chains, without = (
-        packing_of(batch, setup, Search(chains=chains, walls=(0,))) for chains in (True, False)
+        packing_of(batch, setup, Search(chains=chains, walls=(1,))) for chains in (True, False)
     )
-    assert with_chains.predicted_ps == without.predicted_ps == (100 + 100 * 2) * 3 // 4
+    assert with_chains.predicted_ps == without.predicted_ps == (100 + 64 * 2) * 3 // 4 + 50
     assert [pack.is_chain for pack in with_chains.packs] == [True]
 
 
@@ -655,5 +660,5 @@ def test_cost_models() -> None:
     assert small.num_sms == 114
     assert small.token_ps == tuple(ps // 2 for ps in H100.token_ps)
     assert small.private_token_ps == H100.private_token_ps // 2
-    assert len(small.words()) == 19
+    assert len(small.words()) == 20
     assert isinstance(cost_model_for("something new", 8, 256), CostModel)

@@ -32,6 +32,7 @@ struct CostModel {
   int64_t private_token_ps;
   int64_t part_ps;
   int64_t step_ps;
+  int64_t merge_ps;
 };
 
 /// Sizes of the fixed buffers a plan must fit.

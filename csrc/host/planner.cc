@@ -26,6 +26,7 @@ void check(const Shape& shape, const CostModel& model, const Capacity& capacity)
   positive("num_sms", model.num_sms);
   positive("part_ps", model.part_ps, 24);  // where nothing fits it is raised up to 2^14 times
   positive("step_ps", model.step_ps);
+  positive("merge_ps", model.merge_ps);
   positive("private_token_ps", model.private_token_ps);
   for (int32_t k = 0; k < kNumTiles; ++k) {
     positive("item_ps", model.item_ps[k]);

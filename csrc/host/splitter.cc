@@ -312,7 +312,8 @@ std::optional<Split> Splitter::choose(const SegmentTree& tree, const Packing& pa
       if (num_chains > 0) continue;
       break;
     }
-    const int64_t predicted_ps = schedule_.predict(shape_.num_kv_heads, model_.num_sms);
+    const int64_t predicted_ps = schedule_.predict(shape_.num_kv_heads, model_.num_sms) +
+                                 (sums.parts > 0 ? model_.merge_ps : 0);
     if (!best || predicted_ps < best->predicted_ps) best = Split{predicted_ps, wall, mean_ps};
     const int64_t balanced_ps = mul_div(sums.work_ps, shape_.num_kv_heads, model_.num_sms);
     if (num_chains == 0 && (balanced_ps >= best->predicted_ps || balanced_ps > give_up_ps)) break;
