@@ -119,8 +119,8 @@ H100 = CostModel(
     merge_ps=1_000_000,
     provenance="H100 SXM 80 GB, 2026-11-22: 10,000 plans of 18 trees, 9 unshared batches and 9 "
     "random forests at five head layouts timed, then random descent on those times; the solo times "
-    "are those of items that share their SM with others; merge_ps by hand, 2026-11-23, by tree 5 at 16/8 "
-    "with and without partials (results/ablation-h100.jsonl)",
+    "are those of items that share their SM with others; merge_ps by hand, 2026-11-23, from "
+    "tree 5 at 16/8 with and without partials (results/ablation-h100.jsonl)",
 )
 H200 = replace(H100, provenance="those of the H100; not fitted on an H200")
 A100 = CostModel(
