@@ -12,7 +12,8 @@
 namespace pat {
 
 inline constexpr int32_t kPiecesPerSm[] = {2, 2, 1};  // work items of each tile side by side
-inline constexpr int32_t kWavesInStep = 8;            // after so many items end at any time
+// After so many waves, items of one length end at any time.
+inline constexpr int32_t kWavesInStep = 8;
 
 // (a * b - less) / c of non-negative values; the product of a step's picoseconds and the KV heads
 // may pass 64 bits for lengths near 2^31.
