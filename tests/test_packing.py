@@ -577,7 +577,7 @@ def test_a_long_tail_leaves_its_chain() -> None:
 
 def test_long_private_steps_get_smaller_items() -> None:
     # One tile of 128 query rows has two fragments a warp, each with four tails of 40 tokens:
-    # 4 x 320 tokens x 2 ps are within 4/8 of the mean (30 + 3000 + 32 x 127 ps), not within 2/8.
+    # 4 x 320 tokens x 2 ps are within 8/16 of the mean (30 + 3000 + 32 x 127 ps), not within 4/16.
     batch = make_batch([-1], [1000], [0] * 32, [1040] * 32)
     setup = generous(batch, heads=1, model=ROUND, sharing="on")
     for wall, rows_per_item in ((8, 32), (4, 16)):
