@@ -73,7 +73,7 @@ for path in os.environ.get("PAT_PATHS", "sm90").split():
             print(f"9.0a {dtype} d{head_dim} {path}: {time.time() - begin:.0f} s", flush=True)
 for built in keep:  # the same kernels of earlier sources are not carried
     for folder in built.parent.glob(f"{built.name.rpartition('-')[0]}-*"):
-        if folder != built:
+        if folder not in keep:
             shutil.rmtree(folder)
 P
   PYTHON=$python bash scripts/build_peers.sh .carry/flashinfer_aot
