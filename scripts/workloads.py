@@ -119,8 +119,8 @@ def points(trace: Path) -> list[Point]:
             )
             for rate in (8, 16, 24, 32, 40)
         ),
-        # Half a minute: in a quarter of that the mean time of a token moves by up to 10 % between rounds of
-        # one server, by whose prefills fall together.
+        # Half a minute: in a quarter of that the mean time of a token moves by up to 10 % between
+        # rounds of one server, by whose prefills fall together.
         Point(
             "random-512x1k",
             {
