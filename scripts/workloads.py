@@ -119,8 +119,8 @@ def points(trace: Path) -> list[Point]:
             )
             for rate in (8, 16, 24, 32, 40)
         ),
-        # Half a minute: in a quarter of that the mean time of a token moves by up to 10 % between
-        # rounds of one server, by whose prefills fall together.
+        # With 128 prompts, 7 seconds, the mean time of a token moved by a tenth and more between
+        # rounds of one server, by whose prefills fell together.
         Point(
             "random-512x1k",
             {
