@@ -160,6 +160,15 @@ def step_ms(log: str) -> float | None:
     return statistics.median(steps) if steps else None
 
 
+def prefills(log: str) -> list[int]:
+    """Tokens of each prefill by the server's own log, without those that were cached.
+
+    Prompts that come one by one are prefilled in more steps, and two of the same step that share a
+    prefix both compute it: what the time to the first token differs by where the kernels do not.
+    """
+    return [int(n) for n in re.findall(r"Prefill batch.*?#new-token: (\d+)", log)]
+
+
 class Contender(Server):
     """A server of one backend."""
 
@@ -214,7 +223,9 @@ class Contender(Server):
         row = {name: result[name] for name in (*KEPT, *KEPT_TIMES[point.times])}
         row["silent"] = silent
         row["output_tok_s"] = result["output_throughput"]
-        row["server_step_ms"] = step_ms(self.log.read_bytes()[told:].decode(errors="replace"))
+        said = self.log.read_bytes()[told:].decode(errors="replace")
+        row["server_step_ms"] = step_ms(said)
+        row["prefills"], row["prefilled_tokens"] = len(of := prefills(said)), sum(of)
         if self.with_pat:
             if not after.get("active"):
                 raise RuntimeError(f"{self.name}: PAT is not active: {after.get('declined')}")

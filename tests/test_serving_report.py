@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import plot
 import workloads
-from bench_serving import step_ms
+from bench_serving import prefills, step_ms
 from serving_report import losses, report, spread
 
 
@@ -138,6 +138,13 @@ def test_steps_of_the_servers_log() -> None:
     # 64 requests at first and 128 at last: 96 tokens a step, at 9600 a second.
     assert step_ms(log + line.format(128, 9600.0)) == pytest.approx(9.0)
     assert step_ms(line.format(64, 10.0)) is None
+
+
+def test_prefills_are_those_of_the_log() -> None:
+    line = "Prefill batch, #new-seq: {}, #new-token: {}, #cached-token: 4096, token usage: 0.1\n"
+    log = line.format(2, 8192) + "Decode batch, #running-req: 2\n" + line.format(1, 128)
+    assert prefills(log) == [8192, 128]
+    assert prefills("Decode batch, #running-req: 2\n") == []
 
 
 @pytest.mark.parametrize("other", [{"commit": "d"}, {"server_arguments": "--tp 2"}])
