@@ -225,7 +225,8 @@ class Contender(Server):
         row["output_tok_s"] = result["output_throughput"]
         said = self.log.read_bytes()[told:].decode(errors="replace")
         row["server_step_ms"] = step_ms(said)
-        row["prefills"], row["prefilled_tokens"] = len(of := prefills(said)), sum(of)
+        tokens = prefills(said)
+        row["prefills"], row["prefilled_tokens"] = len(tokens), sum(tokens)
         if self.with_pat:
             if not after.get("active"):
                 raise RuntimeError(f"{self.name}: PAT is not active: {after.get('declined')}")
